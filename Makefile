@@ -1,0 +1,35 @@
+# Two commands: `make demo` and `make test`. Everything they need is installed into .venv on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS := 1
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup demo test lint format types imports check
+
+setup: $(VENV)/.done
+
+# mkdir is the lock: two makes in one clone must not both build the environment
+$(VENV)/.done: pyproject.toml constraints.txt scripts/setup
+	scripts/setup $(PYTHON) $(VENV)
+
+demo: setup
+	$(BIN)/stalewise demo $(ARGS)
+
+test: setup
+	$(BIN)/pytest
+
+format: setup
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+lint: setup
+	$(BIN)/ruff format --check . && $(BIN)/ruff check . && scripts/check
+
+types: setup
+	$(BIN)/mypy
+
+imports: setup
+	$(BIN)/lint-imports
+
+check: lint types imports test

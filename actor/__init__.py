@@ -1,0 +1,1 @@
+"""The actor: samples trajectories from an engine and streams them to the replay service."""

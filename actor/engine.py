@@ -1,0 +1,57 @@
+"""The engine protocol: token ids in; token ids, behaviour log-probs and version spans out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from buffer.types import FinishReason, PolicyVersion, SamplingSettings, VersionSpan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One response to draw."""
+
+    prompt_ids: npt.NDArray[np.int32]  # [P]
+    sampling: SamplingSettings
+    max_new_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One drawn response. T = its tokens, end token included."""
+
+    response_ids: npt.NDArray[np.int32]  # [T]
+    behavior_logprobs: npt.NDArray[np.float32]  # [T] nats, under the sampling settings, renormalised when truncated
+    spans: tuple[VersionSpan, ...]
+    finish_reason: FinishReason
+    kept_token_ids: npt.NDArray[np.int32] | None  # set when the sampling settings truncate
+    kept_token_counts: npt.NDArray[np.int32] | None  # [T]
+
+
+class Engine(Protocol):
+    """Something that samples from the policy. One thread generates; another may call `load` meanwhile."""
+
+    @property
+    def version(self) -> PolicyVersion:
+        """The version of the weights in use; -1 before the first load."""
+        ...
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
+        """Draw all requests in one batch, in the order given. The actor's main loop calls it."""
+        ...
+
+    def load(self, weights: Path, version: PolicyVersion) -> None:
+        """Replace the weights by a safetensors file at a safe point between decode steps.
+
+        The weight-sync thread calls it; it returns once the weights are in use and caches of the old version
+        are dropped. Tokens drawn afterwards belong to a new version span. The file may be deleted afterwards.
+        """
+        ...
+
+    def score(self, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        """Return the log-probs [N - 1] of token_ids[1:] at temperature 1: what the canary compares."""
+        ...

@@ -1,0 +1,123 @@
+"""The table protocol: what a replay buffer promises, whoever implements it."""
+
+from collections.abc import Sequence
+from typing import Annotated, Protocol
+
+from pydantic import Field
+
+from buffer.selectors import Fifo, Selector
+from buffer.settings import Settings
+from buffer.types import Group, Identifier, InsertResult, PolicyVersion, Record, Sample
+
+
+class TableSettings(Settings):
+    """How much is kept, for how long, and how often it is handed out."""
+
+    capacity_groups: Annotated[int, Field(ge=1)] = 100_000
+    """Groups kept at most. Only groups that were sampled at least once are evicted, oldest first."""
+    capacity_bytes: Annotated[int, Field(ge=1)] = 4 << 30
+    """Bytes of encoded groups kept at most; 4 GiB fits a laptop."""
+    max_group_bytes: Annotated[int, Field(ge=1)] = 64 << 20
+    """Largest encoded group; a larger one is `oversize`."""
+    max_age_updates: Annotated[int, Field(ge=0)] | None = None
+    """Hard age gate in learner updates: older groups are removed, and refused as `stale` on arrival. None = no gate."""
+    reuse_limit: Annotated[int, Field(ge=1)] | None = None
+    """A group leaves the table after it was handed out this often. None = only eviction removes it."""
+    ttl_s: Annotated[float, Field(gt=0)] | None = None
+    """Seconds after which a group is removed, sampled or not. None = never."""
+    foreign_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Largest share of stored groups that may hold tokens not drawn by this run's weights; 0 refuses them."""
+    dedup_window_s: Annotated[float, Field(gt=0)] = 86_400.0
+    """Seconds for which ids are remembered beyond removal, so that a late retry is a `duplicate`."""
+    dedup_max_ids: Annotated[int, Field(ge=1)] = 1_000_000
+    """Ids remembered at most, oldest forgotten first (counted)."""
+    repeat_window_s: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds within which a repeated sample request_id returns the same draw."""
+
+
+class SampleRequest(Record):
+    """One draw."""
+
+    num_groups: Annotated[int, Field(ge=1, le=65_536)]
+    learner_version: Annotated[int, Field(ge=0)]
+    """The learner's update clock: ages are measured against it."""
+    request_id: Identifier
+    """A repeat within `repeat_window_s` returns the same draw, counted once."""
+    selector: Selector = Fifo()
+
+
+class Wait(Record):
+    """Who waits for whom."""
+
+    who: str
+    """`learner` or `actors`."""
+    since_s: float
+    """Seconds since the wait began."""
+    reason: str
+
+
+class TableStats(Record):
+    """Everything a dashboard needs, read in constant time from counters."""
+
+    num_groups: int
+    """Stored train groups."""
+    num_fresh: int
+    """Stored train groups that were never handed out."""
+    num_eval: int
+    num_foreign: int
+    bytes: int
+    num_response_tokens: int
+    """Response tokens of the stored train groups."""
+    inserted_total: int
+    """Train groups ever accepted."""
+    sampled_total: int
+    """Train groups ever handed out, repeats of a request_id not counted."""
+    outcomes: dict[str, int]
+    """Submitted groups by outcome, all time."""
+    removed: dict[str, int]
+    """Removed groups by reason: capacity, age, age_unsampled, reuse, ttl, ttl_unsampled; all time."""
+    stored_versions: dict[int, int]
+    """Oldest policy version -> stored groups; foreign groups are not in it."""
+    stored_uses: dict[int, int]
+    """Times handed out -> stored groups."""
+    reward_sum: float
+    """Sum over all accepted train trajectories of their reward."""
+    num_trajectories_total: int
+    """Train trajectories ever accepted."""
+    latest_version: PolicyVersion
+    """Latest published version; -1 before the first."""
+    limiter_error: float
+    """inserted x samples_per_insert - sampled."""
+    waits: list[Wait]
+
+
+class ReplayTable(Protocol):
+    """A replay buffer. No method blocks on pacing: `sample` that may not proceed returns [], and the caller waits."""
+
+    def insert(self, groups: Sequence[Group]) -> list[InsertResult]:
+        """Store each group or say why not, in the order given; atomic and idempotent per group.
+
+        An actor calls it after each batch of generation. `full` means: try again later.
+        Raises StoreUnavailable when the store refuses; then nothing was acknowledged.
+        """
+        ...
+
+    def sample(self, request: SampleRequest) -> list[Sample]:
+        """Hand out exactly `num_groups` distinct groups, or [] while the limiter or the selector cannot.
+
+        The learner calls it. Sampling does not remove, except by `reuse_limit`.
+        Raises InvalidRequest for a draw that could never be served under the limiter's settings.
+        """
+        ...
+
+    def advance_version(self, version: PolicyVersion) -> None:
+        """Record the latest published version; groups that the age gate closes are removed. Never goes back."""
+        ...
+
+    def get(self, group_id: str) -> Group:
+        """Return a stored group. Raises NotFound."""
+        ...
+
+    def stats(self) -> TableStats:
+        """Return the counters in constant time."""
+        ...

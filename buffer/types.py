@@ -1,0 +1,262 @@
+"""The records that cross the wire: one definition for validation, JSON schema, msgpack and Python.
+
+    prompt_ids          P P P
+    response_ids              a a e e a <eos>        (e = tool output)
+    response_mask             1 1 0 0 1 1
+    behavior_logprobs         . . 0 0 . .            log-prob under the sampling settings that drew the token
+    spans                    [0,3)v6 [3,6)v7         tile the whole response
+"""
+
+from enum import StrEnum
+from typing import Annotated, Literal, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictInt, model_validator
+
+from buffer.arrays import BoolArray, Float32Array, Int32Array
+
+SCHEMA = 1
+"""Number of this record layout. A reader refuses every other number."""
+
+PolicyVersion = int
+"""The learner's update clock when the weights were published; 0 = initial weights."""
+
+Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$")]
+"""An opaque id; never interpreted, only compared."""
+
+MAX_LOGPROB = 1e-3
+"""Rounding may lift the log-prob of a certain token this far over 0; anything higher is not a log-prob."""
+
+
+class Record(BaseModel):
+    """A frozen wire record. Unknown fields are errors."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, arbitrary_types_allowed=True, strict=True
+    )
+
+
+class Split(StrEnum):
+    TRAIN = "train"
+    EVAL = "eval"
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+class SamplingSettings(Record):
+    """How the engine drew tokens. Ratios use the same settings on both sides."""
+
+    temperature: Annotated[FiniteFloat, Field(gt=0)]
+    """Logits are divided by this before the softmax."""
+    top_p: Annotated[FiniteFloat, Field(gt=0, le=1)]
+    """1 = off."""
+    top_k: Annotated[StrictInt, Field(ge=0)]
+    """0 = off."""
+    min_p: Annotated[FiniteFloat, Field(ge=0, le=1)]
+    """0 = off."""
+
+    @property
+    def truncates(self) -> bool:
+        """Whether tokens were cut from the support, so that log-probs are renormalised over the kept ones."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+
+class VersionSpan(Record):
+    """Response tokens [start, end) drawn under one policy version; null = not drawn by this run's weights."""
+
+    start: Annotated[StrictInt, Field(ge=0)]
+    end: Annotated[StrictInt, Field(ge=1)]
+    version: Annotated[StrictInt, Field(ge=0)] | None
+
+
+class Trajectory(Record):
+    """One response, single- or multi-turn. T = number of response tokens."""
+
+    trajectory_id: Identifier
+    prompt_ids: Int32Array
+    """[P] int32, at least one token."""
+    response_ids: Int32Array
+    """[T] int32, at least one token; includes the end token when it was sampled."""
+    response_mask: BoolArray
+    """[T] bool: 1 = drawn by the policy and trained on, 0 = tool output or other context."""
+    behavior_logprobs: Float32Array
+    """[T] float32, nats, as the engine computed them; 0 where the mask is 0."""
+    spans: Annotated[tuple[VersionSpan, ...], Field(min_length=1, strict=False)]
+    """Tile [0, T) in order."""
+    sampling: SamplingSettings
+    reward: FiniteFloat
+    finish_reason: Annotated[FinishReason, Field(strict=False)]
+    token_rewards: Float32Array | None = None
+    """[T] float32, optional per-token rewards, finite."""
+    episode_id: Identifier | None = None
+    """Trajectories of one episode share one reward and count once in the baseline."""
+    kept_token_ids: Int32Array | None = None
+    """The ids that survived truncated sampling, token after token; required when `sampling` truncates."""
+    kept_token_counts: Int32Array | None = None
+    """[T] int32: how many of `kept_token_ids` belong to each token; 0 where the mask is 0."""
+    columns: dict[Identifier, Float32Array] = {}
+    """Declared extra columns, [T] float32 each."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        length = len(self.response_ids)
+        if not len(self.prompt_ids) or not length:
+            raise ValueError("prompt_ids and response_ids need at least one token each")
+        if min(self.prompt_ids.min(), self.response_ids.min()) < 0:
+            raise ValueError("token ids must not be negative")
+        per_token = {
+            "response_mask": self.response_mask,
+            "behavior_logprobs": self.behavior_logprobs,
+            "token_rewards": self.token_rewards,
+            "kept_token_counts": self.kept_token_counts,
+            **{f"columns.{name}": column for name, column in self.columns.items()},
+        }
+        for name, array in per_token.items():
+            if array is not None and len(array) != length:
+                raise ValueError(f"{name} has {len(array)} entries for {length} response tokens")
+        if not self.response_mask.any():
+            raise ValueError("response_mask has no trained token")
+        self._check_logprobs()
+        self._check_spans(length)
+        self._check_kept()
+        return self
+
+    def _check_logprobs(self) -> None:
+        if not np.isfinite(self.behavior_logprobs).all():
+            raise ValueError("behavior_logprobs must be finite: a token that was drawn has a probability above 0")
+        if self.behavior_logprobs.max() > MAX_LOGPROB:
+            raise ValueError("behavior_logprobs must not be above 0")
+        if self.behavior_logprobs[~self.response_mask].any():
+            raise ValueError("behavior_logprobs must be 0 where response_mask is 0")
+        if self.token_rewards is not None and not np.isfinite(self.token_rewards).all():
+            raise ValueError("token_rewards must be finite")
+
+    def _check_spans(self, length: int) -> None:
+        position = 0
+        for span in self.spans:
+            if span.start != position or span.end <= span.start:
+                raise ValueError(f"spans must tile the response in order: [{span.start}, {span.end}) after {position}")
+            position = span.end
+        if position != length:
+            raise ValueError(f"spans end at {position}, the response has {length} tokens")
+
+    def _check_kept(self) -> None:
+        ids, counts = self.kept_token_ids, self.kept_token_counts
+        if (ids is None) != (counts is None):
+            raise ValueError("kept_token_ids and kept_token_counts come together")
+        if ids is None or counts is None:
+            if self.sampling.truncates:
+                raise ValueError("truncated sampling (top_p, top_k or min_p) needs kept_token_ids and kept_token_counts")
+            return
+        if counts.min() < 0 or int(counts.sum(dtype=np.int64)) != len(ids):
+            raise ValueError("kept_token_counts must be non-negative and sum to the length of kept_token_ids")
+        ends = np.cumsum(counts)
+        for index in np.flatnonzero(self.response_mask):
+            if self.response_ids[index] not in ids[ends[index] - counts[index] : ends[index]]:
+                raise ValueError(f"response token {index} is not among its kept_token_ids")
+
+    @property
+    def oldest_version(self) -> PolicyVersion | None:
+        """The oldest policy version of any span; None when no span is ours."""
+        return min((span.version for span in self.spans if span.version is not None), default=None)
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether any span was not drawn by this run's weights."""
+        return any(span.version is None for span in self.spans)
+
+
+class Group(Record):
+    """Trajectories of one prompt: the unit that is stored, sampled, aged and evicted."""
+
+    run_id: Identifier
+    group_id: Identifier
+    prompt_id: Identifier
+    split: Annotated[Split, Field(strict=False)]
+    trajectories: Annotated[tuple[Trajectory, ...], Field(min_length=1, strict=False)]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        ids = [trajectory.trajectory_id for trajectory in self.trajectories]
+        if len(set(ids)) != len(ids):
+            raise ValueError("trajectory_id must be unique within a group")
+        return self
+
+    @property
+    def oldest_version(self) -> PolicyVersion | None:
+        """The version that defines the age of the group; None when no span is ours."""
+        versions = [t.oldest_version for t in self.trajectories]
+        return min((version for version in versions if version is not None), default=None)
+
+    @property
+    def newest_version(self) -> PolicyVersion | None:
+        """The newest version of any span; it must not exceed the latest published one."""
+        versions = [span.version for t in self.trajectories for span in t.spans if span.version is not None]
+        return max(versions, default=None)
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether any trajectory has tokens that this run's weights did not draw."""
+        return any(trajectory.is_foreign for trajectory in self.trajectories)
+
+    @property
+    def num_response_tokens(self) -> int:
+        """Response tokens of all trajectories, masked ones included."""
+        return sum(len(trajectory.response_ids) for trajectory in self.trajectories)
+
+
+class InsertOutcome(StrEnum):
+    """What became of a submitted group. Only `accepted` promises storage."""
+
+    ACCEPTED = "accepted"
+    DUPLICATE = "duplicate"
+    CONFLICT = "conflict"
+    STALE = "stale"
+    FULL = "full"
+    OVERSIZE = "oversize"
+    INVALID = "invalid"
+
+    def __bool__(self) -> bool:
+        raise TypeError("an InsertOutcome is not a truth value: compare it")
+
+
+class InsertResult(Record):
+    """The outcome of one group of a submission, in the order submitted."""
+
+    group_id: str
+    outcome: Annotated[InsertOutcome, Field(strict=False)]
+    reason: str = ""
+    """One sentence for every outcome but `accepted`: what is wrong and what to do."""
+
+
+class SampleInfo(Record):
+    """What the table knew about a group when it was drawn."""
+
+    probability: float
+    """Chance of this group in one draw: its weight / total eligible weight."""
+    times_sampled: int
+    """How often it has been handed out, this draw included."""
+    age_updates: int | None
+    """learner version - oldest span version, in updates; None for data not drawn by our weights."""
+
+
+class Sample(Record):
+    """One drawn group."""
+
+    group: Group
+    info: SampleInfo
+
+
+class LimiterState(StrEnum):
+    """Who may move."""
+
+    FLOWING = "flowing"
+    LEARNER_WAITS = "learner_waits"
+    ACTORS_WAIT = "actors_wait"
+
+
+Role = Literal["submit", "act", "learn", "read", "admin"]

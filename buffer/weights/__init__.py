@@ -1,0 +1,1 @@
+"""Published weights: manifests, content-addressed payloads and where they live."""

@@ -1,0 +1,34 @@
+"""The weight store protocol: blobs first, the manifest as the commit."""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from buffer.types import PolicyVersion
+from buffer.weights.manifest import Manifest
+
+
+class WeightStore(Protocol):
+    """Where published versions live. Data first, pointer last: a version that is served is whole."""
+
+    def put_blob(self, sha256: str, chunks: Iterable[bytes]) -> None:
+        """Store a payload under its hash; storing it twice is harmless. Raises CorruptWeights on a wrong hash."""
+        ...
+
+    def publish(self, manifest: Manifest) -> None:
+        """Commit a version whose blobs are stored.
+
+        Raises Conflict when the version is not above the latest one, NotFound when a blob is missing.
+        """
+        ...
+
+    def latest(self, *, after: PolicyVersion = -1, wait_s: float = 0.0) -> Manifest | None:
+        """Return the latest manifest if its version is above `after`, waiting up to `wait_s` for one; else None."""
+        ...
+
+    def manifest(self, version: PolicyVersion) -> Manifest:
+        """Return one version's manifest. Raises NotFound."""
+        ...
+
+    def blob(self, sha256: str) -> Iterable[bytes]:
+        """Stream a payload in chunks. Raises NotFound."""
+        ...

@@ -1,0 +1,1 @@
+"""The learner: samples stale data, corrects for its age, steps the policy."""

@@ -1,0 +1,1 @@
+"""Objectives as sentences: pure pieces over one record, chosen by recipes."""

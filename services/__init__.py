@@ -1,0 +1,1 @@
+"""Processes: settings, command line, HTTP servers, and the loops started as services."""
