@@ -8,7 +8,7 @@ from buffer.settings import Settings
 
 
 class RateLimiterSettings(Settings):
-    """Pacing. `error = inserts x samples_per_insert - samples` is kept within min_size x samples_per_insert +- error_buffer.
+    """Pacing: the error, inserts x samples_per_insert - samples, stays within error_buffer of its value at min_size.
 
     The definition is Reverb's SampleToInsertRatio (reverb/rate_limiters.py, arXiv 2102.04736).
     """

@@ -1,10 +1,10 @@
 """The records that cross the wire: one definition for validation, JSON schema, msgpack and Python.
 
-    prompt_ids          P P P
-    response_ids              a a e e a <eos>        (e = tool output)
-    response_mask             1 1 0 0 1 1
-    behavior_logprobs         . . 0 0 . .            log-prob under the sampling settings that drew the token
-    spans                    [0,3)v6 [3,6)v7         tile the whole response
+prompt_ids          P P P
+response_ids              a a e e a <eos>        (e = tool output)
+response_mask             1 1 0 0 1 1
+behavior_logprobs         . . 0 0 . .            log-prob under the sampling settings that drew the token
+spans                    [0,3)v6 [3,6)v7         tile the whole response
 """
 
 from enum import StrEnum
@@ -150,7 +150,9 @@ class Trajectory(Record):
             raise ValueError("kept_token_ids and kept_token_counts come together")
         if ids is None or counts is None:
             if self.sampling.truncates:
-                raise ValueError("truncated sampling (top_p, top_k or min_p) needs kept_token_ids and kept_token_counts")
+                raise ValueError(
+                    "top_p, top_k or min_p cut the support: kept_token_ids and kept_token_counts are required"
+                )
             return
         if counts.min() < 0 or int(counts.sum(dtype=np.int64)) != len(ids):
             raise ValueError("kept_token_counts must be non-negative and sum to the length of kept_token_ids")
