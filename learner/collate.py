@@ -1,0 +1,125 @@
+"""Whole groups to one padded batch: numbering, ages and alignment; every trajectory of every group is in it.
+
+Legend: B trajectories, S sequence positions (prompt + response), T response positions, G groups.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from buffer.types import Group, PolicyVersion, Sample, Trajectory
+
+NO_AGE = -1
+"""Age of a token that is masked or that our weights did not draw."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """The support that truncated sampling left to one response."""
+
+    token_ids: Tensor  # [K] int64, token after token
+    counts: Tensor  # [T_i] int64, how many of them belong to each response token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One update's data, on the CPU. Right-padded: P P a a e a _ _ -> mask [1, 1, 0, 1, 0, 0]  (e = tool output)."""
+
+    token_ids: Tensor  # [B, S] int64, prompt then response, padded with 0
+    prompt_lengths: Tensor  # [B] int64
+    sequence_lengths: Tensor  # [B] int64, prompt and response
+    mask: Tensor  # [B, T] bool
+    behavior_logprobs: Tensor  # [B, T] float32, 0 behind the mask
+    age_updates: Tensor  # [B, T] int64, NO_AGE where masked or foreign
+    rewards: Tensor  # [B] float32
+    token_rewards: Tensor | None  # [B, T] float32, 0 for trajectories without; None when no trajectory has them
+    group: Tensor  # [B] int64 in [0, G)
+    episode: Tensor  # [B] int64, numbered over the batch
+    temperature: Tensor  # [B] float32
+    kept: tuple[Kept | None, ...]  # B entries; None where sampling did not truncate
+    keys: tuple[tuple[str, str], ...]  # B entries: group_id, trajectory_id
+    group_ages_updates: tuple[int | None, ...]  # G entries; None for foreign groups
+    times_sampled: tuple[int, ...]  # G entries, this draw included
+
+
+def collate(samples: Sequence[Sample], *, clock: PolicyVersion) -> Batch:
+    """Pad the groups of one draw into a batch, with ages against the learner's clock. Groups must be distinct."""
+    groups = [sample.group for sample in samples]
+    assert groups, "a batch needs at least one group"
+    assert len({group.group_id for group in groups}) == len(groups), "a group was drawn twice for one batch"
+    rows = [(index, trajectory) for index, group in enumerate(groups) for trajectory in group.trajectories]
+    trajectories = [trajectory for _, trajectory in rows]
+    return Batch(
+        token_ids=_pad([np.concatenate([t.prompt_ids, t.response_ids]) for t in trajectories], torch.int64, 0),
+        prompt_lengths=torch.tensor([len(t.prompt_ids) for t in trajectories]),
+        sequence_lengths=torch.tensor([len(t.prompt_ids) + len(t.response_ids) for t in trajectories]),
+        mask=_pad([t.response_mask for t in trajectories], torch.bool, False),
+        behavior_logprobs=_pad([t.behavior_logprobs for t in trajectories], torch.float32, 0.0),
+        age_updates=_pad([_ages(t, clock) for t in trajectories], torch.int64, NO_AGE),
+        rewards=torch.tensor([t.reward for t in trajectories], dtype=torch.float32),
+        token_rewards=_token_rewards(trajectories),
+        group=torch.tensor([index for index, _ in rows]),
+        episode=_number_episodes(rows),
+        temperature=torch.tensor([t.sampling.temperature for t in trajectories], dtype=torch.float32),
+        kept=tuple(_kept(t) for t in trajectories),
+        keys=tuple((groups[index].group_id, t.trajectory_id) for index, t in rows),
+        group_ages_updates=tuple(age_updates(group, clock) for group in groups),
+        times_sampled=tuple(sample.info.times_sampled for sample in samples),
+    )
+
+
+def age_updates(group: Group, clock: PolicyVersion) -> int | None:
+    """Return learner clock - oldest span version, in updates; None for a group that our weights did not draw."""
+    oldest = group.oldest_version
+    return None if oldest is None else clock - oldest
+
+
+def _pad(arrays: Sequence[np.ndarray], dtype: torch.dtype, fill: float) -> Tensor:
+    padded = torch.full((len(arrays), max(len(array) for array in arrays)), fill, dtype=dtype)
+    for row, array in zip(padded, arrays, strict=True):
+        row[: len(array)] = torch.tensor(array)  # a copy: wire arrays are read-only
+    return padded
+
+
+def _ages(trajectory: Trajectory, clock: PolicyVersion) -> np.ndarray:
+    ages = np.full(len(trajectory.response_ids), NO_AGE, np.int64)
+    for span in trajectory.spans:
+        if span.version is not None:
+            ages[span.start : span.end] = clock - span.version
+    ages[~trajectory.response_mask] = NO_AGE
+    return ages
+
+
+def _token_rewards(trajectories: Sequence[Trajectory]) -> Tensor | None:
+    if all(t.token_rewards is None for t in trajectories):
+        return None
+    rewards = [np.zeros(len(t.response_ids)) if t.token_rewards is None else t.token_rewards for t in trajectories]
+    return _pad(rewards, torch.float32, 0.0)
+
+
+def _number_episodes(rows: Sequence[tuple[int, Trajectory]]) -> Tensor:
+    """Give members of one episode of a group one number, and each trajectory without episode its own."""
+    numbers: dict[tuple[int, str, bool], int] = {}
+    return torch.tensor(
+        [
+            numbers.setdefault(
+                (index, t.episode_id or t.trajectory_id, t.episode_id is None),
+                len(numbers),
+            )
+            for index, t in rows
+        ]
+    )
+
+
+def _kept(trajectory: Trajectory) -> Kept | None:
+    if not trajectory.sampling.truncates:
+        return None
+    assert trajectory.kept_token_ids is not None
+    assert trajectory.kept_token_counts is not None
+    return Kept(
+        token_ids=torch.tensor(trajectory.kept_token_ids, dtype=torch.int64),
+        counts=torch.tensor(trajectory.kept_token_counts, dtype=torch.int64),
+    )

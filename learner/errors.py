@@ -1,0 +1,21 @@
+"""What can go wrong while learning; each message says what was seen and what to do."""
+
+from buffer.errors import StalewiseError
+
+
+class NonFiniteUpdate(StalewiseError):
+    """A loss or a gradient is not a finite number; the weights were left as they were."""
+
+    exit_code = 4
+
+
+class TrustRegionClosed(StalewiseError):
+    """A gate closed every token for so many updates that the run learns nothing any more."""
+
+    exit_code = 5
+
+
+class CorruptCheckpoint(StalewiseError):
+    """A checkpoint directory is not one that this learner wrote for this model."""
+
+    exit_code = 2

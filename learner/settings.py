@@ -1,0 +1,100 @@
+"""The learner's knobs. Imports no torch, so that a recipe can be read and checked anywhere."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, JsonValue, model_validator
+
+from buffer.selectors import Fifo, Fresh, Selector, Uniform
+from buffer.settings import Settings
+
+
+class OptimizerSettings(Settings):
+    """AdamW and its schedule."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-6
+    """Peak learning rate; 1e-6 is usual for RL on models from 0.5 B parameters, tiny models want 1e-4 to 1e-3."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
+    """AdamW's decay rates a step. 0.99, not 0.999: the gradient of RL changes fast."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled decay a step, times lr. 0: RL starts from a good model, and decay moves ReVal's value (its logits)."""
+    grad_clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Largest gradient norm over all parameters; longer gradients are scaled down to it."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How lr goes on after the warm-up; linear and cosine reach 0 after `total_updates`."""
+    warmup_updates: Annotated[int, Field(ge=0)] = 20
+    """Updates over which lr rises linearly to its peak; 20 lets AdamW's second moment settle."""
+
+
+class ObjectiveSettings(Settings):
+    """Which recipe, by name, with what options."""
+
+    name: str = "grpo"
+    """A recipe of learner/objectives/recipes.py. grpo is the one that most readers can compare with."""
+    options: dict[str, JsonValue] = {}
+    """The recipe's own options; an unknown one is an error at start. {} = the recipe's defaults."""
+
+
+class LearnerSettings(Settings):
+    """Everything the learner process can be told."""
+
+    optimizer: OptimizerSettings = OptimizerSettings()
+    """AdamW and its schedule."""
+    objective: ObjectiveSettings = ObjectiveSettings()
+    """What is optimised."""
+    groups_per_update: Annotated[int, Field(ge=1)] = 16
+    """Groups in one batch, hence in one optimiser step."""
+    total_updates: Annotated[int, Field(ge=1)] = 1_000
+    """Updates after which the learner is done; also the end of the learning-rate schedule."""
+    selector: Selector = Fifo()
+    """How a batch is chosen. Fifo trains on every group in the order of arrival."""
+    replay_updates: Annotated[int, Field(ge=0)] = 0
+    """Updates on replayed data after each one by `selector`: ReVal's K - 1. 0 = every batch comes by `selector`."""
+    replay_selector: Selector = Uniform()
+    """How those batches are chosen."""
+    prefetch_batches: Annotated[int, Field(ge=0)] = 1
+    """Batches drawn ahead while a step runs; each ages the data by one update. 0 = draw when the step is done."""
+    sample_timeout_s: Annotated[float, Field(gt=0)] = 2.0
+    """Seconds that the service may hold one request for a batch; short, because a shutdown waits for it."""
+    stall_s: Annotated[float, Field(gt=0)] = 30.0
+    """Seconds without a batch after which the learner warns, and again after each further such time."""
+    service_patience_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds for which an unreachable service is retried before the learner gives up; covers a restart by hand."""
+    publish_every: Annotated[int, Field(ge=1)] = 1
+    """Updates between published versions. 1 keeps the actors as fresh as the buffer allows."""
+    publish_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the published weights; bfloat16 halves the transfer, and actors then run rounded weights."""
+    probe_tolerance_nats: Annotated[float, Field(gt=0)] = 0.05
+    """Largest difference on the canary that an engine may show. Engines in float32 differ by less than 1e-3;
+    one that computes in bfloat16 wants 0.5. Wrong weights differ by several nats."""
+    checkpoint_every: Annotated[int, Field(ge=1)] = 50
+    """Updates between checkpoints, hence the work that a crash can lose."""
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    """Newest checkpoints that are kept; 2 leave one if a disk spoils the other."""
+    reference_reset_every: Annotated[int, Field(ge=1)] | None = None
+    """Updates after which the reference becomes the current policy, again and again; ReVal uses 200. None = never."""
+    reference_cache_bytes: Annotated[int, Field(ge=0)] = 256 << 20
+    """Bytes of cached reference log-probs; 256 MiB hold 60 million tokens. Replayed groups then need no second
+    forward pass."""
+    micro_batch_tokens: Annotated[int, Field(ge=1)] = 16_384
+    """Prompt, response and padding tokens in one forward pass; the loss is exact for any value. Bounds memory."""
+    max_closed_updates: Annotated[int, Field(ge=1)] = 10
+    """Updates in a row in which a gate closes every token before the run stops: it learns nothing any more."""
+    device: str = "cpu"
+    """The torch device of model and optimiser."""
+    threads: Annotated[int, Field(ge=1)] = 1
+    """CPU threads of torch. 1: processes that share cores with several threads each slow down tenfold and more."""
+    wandb_project: str | None = None
+    """Weights & Biases project that gets the metrics too. None = JSONL and TensorBoard files only."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.optimizer.warmup_updates > self.total_updates:
+            raise ValueError(
+                f"optimizer.warmup_updates={self.optimizer.warmup_updates} exceeds total_updates={self.total_updates}: "
+                "the learning rate would never reach its peak"
+            )
+        if self.replay_updates and self.replay_selector == Fresh():
+            raise ValueError(
+                "replay_selector is `fresh`: replayed groups were handed out before; use uniform, fifo or mix"
+            )
+        return self
