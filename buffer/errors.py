@@ -1,5 +1,6 @@
 """One error tree. Each child knows the HTTP status it travels under; each message says what to do."""
 
+import re
 from http import HTTPStatus
 
 
@@ -20,6 +21,11 @@ class StalewiseError(Exception):
 
     def __str__(self) -> str:
         return f"{self.detail} ({self.hint})" if self.hint else self.detail
+
+    @classmethod
+    def code(cls) -> str:
+        """Return the name that travels as `error`: the class name in snake case."""
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
 
 
 class InvalidSettings(StalewiseError, ValueError):
@@ -45,6 +51,18 @@ class Oversize(StalewiseError):
     """A body or a record is larger than the stated limit."""
 
     status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+
+
+class UnsupportedMediaType(StalewiseError):
+    """A body is in an encoding that the service does not read."""
+
+    status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
+
+
+class NotAcceptable(StalewiseError):
+    """The caller accepts none of the encodings that the service writes."""
+
+    status = HTTPStatus.NOT_ACCEPTABLE
 
 
 class Unauthorized(StalewiseError):
