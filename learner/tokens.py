@@ -1,14 +1,25 @@
 """The one record an objective reads: a whole batch, right-padded over response tokens.
 
 Legend: B trajectories, T response positions (longest of the batch), G groups. Padding and context tokens have mask
-False; whatever stands behind the mask is never read by a piece (mask before computing).
+False. What stands behind the mask may be anything, even nan: `cleaned` puts 0 there before any piece computes.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import torch
 from torch import Tensor
+
+from buffer.errors import StalewiseError
+
+
+class MissingColumns(StalewiseError, ValueError):
+    """A batch lacks a column that its objective needs."""
+
+
+class NonFiniteTokens(StalewiseError, ValueError):
+    """A trained token or a reward is nan or infinite: no loss of it means anything."""
 
 
 class Column(StrEnum):
@@ -36,7 +47,7 @@ class Tokens:
     rewards: Tensor
     """[B] float32: one reward a trajectory."""
     group: Tensor
-    """[B] int64 in [0, G): trajectories of one prompt. Groups arrive whole."""
+    """[B] int64 in [0, G), G <= B: trajectories of one prompt. Groups arrive whole."""
     episode: Tensor
     """[B] int64: trajectories of one episode share a number; they count once in the baseline."""
     age_updates: Tensor
@@ -73,3 +84,49 @@ class Tokens:
     def lengths(self) -> Tensor:
         """[B] trained tokens of each trajectory."""
         return self.mask.sum(-1)
+
+
+def cleaned(tokens: Tokens, columns: Collection[Column]) -> Tokens:
+    """Return a copy in float32 with 0 behind the mask and `columns` alone; gradients flow through it.
+
+    Every piece of `learner.objectives` expects this form: 0 * nan is nan, so the mask comes before any arithmetic.
+    Raises MissingColumns, and NonFiniteTokens when a trained token or a reward is nan or infinite.
+    """
+    if missing := sorted(set(columns) - set(tokens.columns)):
+        raise MissingColumns(
+            f"this objective needs the columns {', '.join(missing)}, which the batch does not have",
+            hint="compute them in the learner's forward pass",
+        )
+    trained_rows = tokens.mask.any(-1)
+    fields = {
+        "logprobs": tokens.logprobs,
+        "behavior_logprobs": tokens.behavior_logprobs,
+        "rewards": tokens.rewards,
+        **{name.value: tokens.columns[name] for name in columns},
+    }
+    if tokens.token_rewards is not None:
+        fields["token_rewards"] = tokens.token_rewards
+    clean = {
+        name: torch.where(tokens.mask if value.dim() == 2 else trained_rows, value.float(), 0.0)
+        for name, value in fields.items()
+    }
+    if not torch.stack([value.isfinite().all() for value in clean.values()]).all():  # one transfer for all of them
+        raise _non_finite(clean)
+    return replace(
+        tokens,
+        logprobs=clean["logprobs"],
+        behavior_logprobs=clean["behavior_logprobs"],
+        rewards=clean["rewards"],
+        token_rewards=clean.get("token_rewards"),
+        columns={name: clean[name.value] for name in columns},
+    )
+
+
+def _non_finite(fields: dict[str, Tensor]) -> NonFiniteTokens:
+    name, value = next((name, value) for name, value in fields.items() if not value.isfinite().all())
+    index = (~value.isfinite()).nonzero()[0].tolist()
+    where = f"trajectory {index[0]}" + (f", token {index[1]}" if len(index) == 2 else "")
+    return NonFiniteTokens(
+        f"{name} is {value[tuple(index)].item()} at {where} of the batch, where the mask counts it",
+        hint="a drawn token has a finite log-probability: look for an overflow in the forward pass or a broken load",
+    )

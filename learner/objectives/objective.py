@@ -1,12 +1,33 @@
-"""The contract between the learner's step and a recipe."""
+"""The contract between the learner's step and a recipe, and the types of its pieces."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
 from learner.tokens import Column, Tokens
+
+Multipliers = Mapping[str, float]
+"""What learns by dual ascent, by name. The learner owns and checkpoints it."""
+
+TokenPiece = Callable[[Tokens], Tensor]
+"""-> [B, T]: a ratio, a statistic, a penalty."""
+
+SequencePiece = Callable[[Tokens], Tensor]
+"""-> [B]: a residual."""
+
+Advantage = Callable[[Tokens], Tensor]
+"""-> [B, 1] or [B, T], no gradient."""
+
+Surrogate = Callable[[Tokens, Tensor], Tensor]
+"""(tokens, advantage) -> [B, T], to be maximised; its gradient reaches `tokens`."""
+
+Gate = Callable[[Tokens, Tensor], Tensor]
+"""(tokens, advantage) -> [B, 1] or [B, T] bool, True = keeps its gradient."""
+
+Reduction = Callable[[Tokens, Tensor], Tensor]
+"""(tokens, values) -> []. Its name states the denominator, which counts the mask and never a gate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,11 +39,18 @@ class Loss:
     parts: Mapping[str, Tensor]
     """Named summands of `total`, detached, coefficients included."""
     gates: Mapping[str, Tensor]
-    """Gate name -> [B, T] bool, True = keeps its gradient. Detached; metrics report the closed share per gate."""
+    """Gate name -> [B, T] bool, True = keeps its gradient. Detached; metrics report the closed share per gate.
+    A hard clip is listed too: it closes tokens by the shape of its surrogate."""
+    watched: Mapping[str, Tensor] = field(default_factory=dict)
+    """Detached quantities that metrics report the mean of, such as the Bellman residual [B]."""
 
 
 class Objective(Protocol):
-    """A recipe that was built: pieces and their settings. Pure: state that learns is passed in and handed back."""
+    """A recipe that was built: pieces and their settings. Pure: state that learns is passed in and handed back.
+
+    It wants the whole batch at once, since its denominators count it. A learner that cannot hold the graph of a whole
+    batch takes d total / d logprobs on detached tensors first, and feeds it to `backward` slice by slice.
+    """
 
     @property
     def name(self) -> str: ...
@@ -37,14 +65,17 @@ class Objective(Protocol):
         """What the loss is divided by, in words: `all tokens`, `all sequences`, ..."""
         ...
 
-    def __call__(self, tokens: Tokens, multipliers: Mapping[str, float]) -> Loss:
-        """Compute the loss; gradients flow to the differentiable fields of `tokens`."""
+    def __call__(self, tokens: Tokens, multipliers: Multipliers) -> Loss:
+        """Compute the loss; gradients flow to the differentiable fields of `tokens`.
+
+        Raises MissingColumns, NonFiniteTokens, NonFiniteLoss.
+        """
         ...
 
     def initial_multipliers(self) -> dict[str, float]:
         """Start values of what learns by dual ascent; {} for most recipes. The learner checkpoints them."""
         ...
 
-    def next_multipliers(self, tokens: Tokens, multipliers: Mapping[str, float]) -> dict[str, float]:
+    def next_multipliers(self, tokens: Tokens, multipliers: Multipliers) -> dict[str, float]:
         """One dual step, from the detached batch just used, after the optimiser step."""
         ...

@@ -1,0 +1,36 @@
+"""From values to one number; the name states the denominator. All count the mask, gated tokens included."""
+
+import torch
+from torch import Tensor
+
+from learner.tokens import Tokens
+
+
+def mean_over_tokens(tokens: Tokens, values: Tensor) -> Tensor:
+    """sum_{i,t} v / N: long sequences weigh more."""
+    return _masked(tokens, values).sum() / tokens.num_tokens.clamp(min=1)
+
+
+def mean_over_sequences_of_means(tokens: Tokens, values: Tensor) -> Tensor:
+    """1/B sum_i 1/|o_i| sum_t v: each sequence weighs the same."""
+    means = _masked(tokens, values).sum(-1) / tokens.lengths.clamp(min=1)
+    return means.sum() / tokens.num_trajectories
+
+
+def mean_over_sequences_of_sums(tokens: Tokens, values: Tensor) -> Tensor:
+    """1/B sum_i sum_t v: the gradient of a sequence objective."""
+    return _masked(tokens, values).sum() / tokens.num_trajectories
+
+
+def mean_over_sequences(tokens: Tokens, values: Tensor) -> Tensor:
+    """1/B sum_i v_i, for values [B]."""
+    return values.sum() / tokens.num_trajectories
+
+
+def sum_over_sequences_per_token(tokens: Tokens, values: Tensor) -> Tensor:
+    """sum_i v_i / N, for values [B]: the mean over sequences, divided by the mean length N / B."""
+    return values.sum() / tokens.num_tokens.clamp(min=1)
+
+
+def _masked(tokens: Tokens, values: Tensor) -> Tensor:
+    return torch.where(tokens.mask, values, 0.0)

@@ -1,0 +1,34 @@
+"""How far the policy is from soft Bellman consistency: Tokens -> [B], scaled units, temperature 1.
+
+Per trajectory the consistency telescopes to V(s_1) + log pi(tau) - log pi_ref(tau) - r / beta = 0, with the logits as
+Q-values and V their logsumexp. As V(s_1) + log pi(a_1|s_1) = logit(s_1, a_1), one raw logit carries V: s_1 is the first
+position with mask True, and no [B, T, V] tensor is needed. Nothing is detached: V learns.
+"""
+
+import torch
+from torch import Tensor
+
+from learner.objectives.objective import Advantage, SequencePiece
+from learner.tokens import Column, Tokens
+
+RESIDUAL_COLUMNS = frozenset(
+    {Column.UNIT_LOGPROBS, Column.REFERENCE_LOGPROBS, Column.FIRST_LOGIT, Column.REFERENCE_FIRST_LOGIT}
+)
+
+
+def reval_residual(*, beta: float, centred: Advantage) -> SequencePiece:
+    """logit(a_1) - logit_ref(a_1) + sum_{t >= 2} [log pi - log pi_ref] - r / beta, r centred (arXiv 2603.23355)."""
+
+    def residual(tokens: Tokens) -> Tensor:
+        value = tokens.columns[Column.FIRST_LOGIT] - tokens.columns[Column.REFERENCE_FIRST_LOGIT]
+        return value + log_ratio_to_reference_after_first(tokens) - centred(tokens)[:, 0] / beta
+
+    return residual
+
+
+def log_ratio_to_reference_after_first(tokens: Tokens) -> Tensor:
+    """[B]: sum over the trained tokens but the first of log pi - log pi_ref at temperature 1."""
+    logs = tokens.columns[Column.UNIT_LOGPROBS] - tokens.columns[Column.REFERENCE_LOGPROBS]
+    first = tokens.mask.int().argmax(-1, keepdim=True)
+    later = tokens.mask.scatter(-1, first, False)
+    return torch.where(later, logs, 0.0).sum(-1)

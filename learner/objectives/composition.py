@@ -1,0 +1,162 @@
+"""A loss as a sentence: the sum of named terms, each a few pieces.
+
+loss = aggregate(-gates * surrogate(tokens, advantage))
+     + sum_k coefficient_k * aggregate(penalty_k) + coefficient * aggregate(residual^2)
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from buffer.errors import StalewiseError
+from learner.objectives.multipliers import DualAscent
+from learner.objectives.objective import (
+    Advantage,
+    Gate,
+    Loss,
+    Multipliers,
+    Reduction,
+    SequencePiece,
+    Surrogate,
+    TokenPiece,
+)
+from learner.tokens import Column, Tokens, cleaned
+
+
+class NonFiniteLoss(StalewiseError, ArithmeticError):
+    """Every input was finite, one part of the loss is not: the numbers are too large for float32."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TermValue:
+    """One term on one batch."""
+
+    loss: Tensor
+    """[] coefficient included."""
+    gates: Mapping[str, Tensor] = field(default_factory=dict)
+    watched: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Term(Protocol):
+    """One named summand of a loss."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def columns(self) -> frozenset[Column]: ...
+
+    def __call__(self, tokens: Tokens, multipliers: Multipliers) -> TermValue: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyGradient:
+    """coefficient * aggregate(-gates * surrogate)."""
+
+    surrogate: Surrogate
+    advantage: Advantage
+    aggregate: Reduction
+    gates: Mapping[str, Gate] = field(default_factory=dict)
+    clips: Mapping[str, Gate] = field(default_factory=dict)
+    """Gates that the surrogate's own shape implies: reported, not applied a second time."""
+    coefficient: float = 1.0
+    name: str = "policy"
+    columns: frozenset[Column] = frozenset()
+
+    def __call__(self, tokens: Tokens, multipliers: Multipliers) -> TermValue:
+        with torch.no_grad():
+            advantage = self.advantage(tokens)
+            gates = {name: gate(tokens, advantage).expand_as(tokens.mask) for name, gate in self.gates.items()}
+            clips = {name: clip(tokens, advantage).expand_as(tokens.mask) for name, clip in self.clips.items()}
+        values = -self.surrogate(tokens, advantage)
+        for is_open in gates.values():
+            values = torch.where(is_open, values, 0.0)
+        return TermValue(loss=self.coefficient * self.aggregate(tokens, values), gates={**gates, **clips})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Penalty:
+    """coefficient * aggregate(piece)."""
+
+    name: str
+    piece: TokenPiece
+    aggregate: Reduction
+    coefficient: float
+    columns: frozenset[Column] = frozenset()
+
+    def __call__(self, tokens: Tokens, multipliers: Multipliers) -> TermValue:
+        return TermValue(loss=self.coefficient * self.aggregate(tokens, self.piece(tokens)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Constraint:
+    """lambda * aggregate(piece), lambda learnt by dual ascent."""
+
+    piece: TokenPiece
+    aggregate: Reduction
+    dual: DualAscent
+    columns: frozenset[Column] = frozenset()
+
+    @property
+    def name(self) -> str:
+        return self.dual.name
+
+    def __call__(self, tokens: Tokens, multipliers: Multipliers) -> TermValue:
+        loss = multipliers[self.dual.name] * self.aggregate(tokens, self.piece(tokens))
+        return TermValue(loss=loss, watched={f"{self.name}_saturated": self.dual.saturated(multipliers)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SquaredResidual:
+    """coefficient * aggregate(residual^2), one residual a trajectory, never gated."""
+
+    residual: SequencePiece
+    aggregate: Reduction
+    columns: frozenset[Column]
+    coefficient: float = 1.0
+    name: str = "bellman"
+
+    def __call__(self, tokens: Tokens, multipliers: Multipliers) -> TermValue:
+        residual = self.residual(tokens)
+        loss = self.coefficient * self.aggregate(tokens, residual.square())
+        return TermValue(loss=loss, watched={f"{self.name}_residual": residual.detach()})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Composition:
+    """An Objective: terms, and at most one of them a constraint with its multiplier."""
+
+    name: str
+    denominator: str
+    terms: tuple[Term, ...]
+    dual: DualAscent | None = None
+
+    @property
+    def columns(self) -> frozenset[Column]:
+        return frozenset[Column]().union(*(term.columns for term in self.terms))
+
+    def __call__(self, tokens: Tokens, multipliers: Multipliers) -> Loss:
+        tokens = cleaned(tokens, self.columns)
+        values = {term.name: term(tokens, multipliers) for term in self.terms}
+        total = torch.stack([value.loss for value in values.values()]).sum()
+        parts = {name: value.loss.detach() for name, value in values.items()}
+        if not total.isfinite():
+            sums = ", ".join(f"{name} {part.item():g}" for name, part in parts.items())
+            raise NonFiniteLoss(
+                f"the loss of {self.name} is not finite ({sums})", hint="lower the offending coefficient"
+            )
+        return Loss(
+            total=total,
+            parts=parts,
+            gates={name: gate for value in values.values() for name, gate in value.gates.items()},
+            watched={name: seen for value in values.values() for name, seen in value.watched.items()},
+        )
+
+    def initial_multipliers(self) -> dict[str, float]:
+        return self.dual.initial() if self.dual else {}
+
+    def next_multipliers(self, tokens: Tokens, multipliers: Multipliers) -> dict[str, float]:
+        return self.dual.advanced(cleaned(tokens, self.columns), multipliers) if self.dual else {}

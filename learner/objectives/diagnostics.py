@@ -1,0 +1,88 @@
+"""What one step did to data of each age: numbers for the metrics, no gradient, one transfer to the host."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from learner.objectives.gates import maximum_by_sequence, mean_by_sequence
+from learner.objectives.objective import Loss
+from learner.objectives.ratios import k1, k2, k3, token_ratio
+from learner.tokens import Tokens, cleaned
+
+AGE_BUCKETS = ("foreign", "0", "1_3", "4_15", "16_63", "64_plus")
+"""Names of the age buckets, in updates; `foreign` = not drawn by this run's weights."""
+
+_FIRST_AGES = (0, 1, 4, 16, 64)
+_ACCEPTANCES = (0.5, 0.7, 0.9)
+
+
+@torch.no_grad()
+def diagnose(tokens: Tokens, loss: Loss) -> dict[str, float]:
+    """Return the metrics of one step, named noun/quantity_unit_statistic; a bucket without tokens has none.
+
+    `ratio/*`, `k1..k3/*_nats_mean`, `effective_samples/*_share`, `age/*_tokens_share` and `gate/*_closed_share`, over
+    all tokens and per age bucket; `gate/*_sequences_kept_share`; `trust_region/*`: the threshold that keeps 50, 70 or
+    90 % of the sequences; `loss/*`; `watched/*`.
+    """
+    tokens = cleaned(tokens, ())
+    metrics = {f"loss/{name}": part for name, part in loss.parts.items()}
+    metrics["loss/total"] = loss.total.detach()
+    for name, seen in loss.watched.items():
+        metrics[f"watched/{name}_mean"] = seen.float().mean()
+        metrics[f"watched/{name}_absolute_mean"] = seen.float().abs().mean()
+    for name, gate in loss.gates.items():
+        metrics[f"gate/{name}_sequences_kept_share"] = (gate & tokens.mask).any(-1).float().mean()
+    metrics |= acceptance_curve(tokens)
+    names, values = zip(*metrics.items(), strict=True)
+    numbers = dict(zip(names, torch.stack([value.double().cpu() for value in values]).tolist(), strict=True))
+    return numbers | _by_age(tokens, loss.gates)
+
+
+@torch.no_grad()
+def acceptance_curve(tokens: Tokens) -> dict[str, Tensor]:
+    """The thresholds of max k2 and mean k3 that keep 50, 70 and 90 % of the sequences."""
+    largest, mean = maximum_by_sequence(tokens, k2)[:, 0], mean_by_sequence(tokens, k3)[:, 0]
+    return {
+        f"trust_region/{name}_nats_p{round(100 * share)}": statistic.quantile(share)
+        for name, statistic in (("max_k2", largest), ("mean_k3", mean))
+        for share in _ACCEPTANCES
+    }
+
+
+def _by_age(tokens: Tokens, gates: Mapping[str, Tensor]) -> dict[str, float]:
+    """Metrics over all tokens and per bucket, from sums: count, rho, rho^2, k1, k2, k3, closed by each gate."""
+    mask = tokens.mask
+    firsts = torch.tensor(_FIRST_AGES, device=mask.device)
+    bucket = torch.bucketize(tokens.age_updates[mask], firsts, right=True)
+    ratio = token_ratio(tokens)[mask].double()
+    columns = [torch.ones_like(ratio), ratio, ratio.square()]
+    columns += [statistic(tokens)[mask].double() for statistic in (k1, k2, k3)]
+    columns += [(~gate[mask]).double() for gate in gates.values()]
+    table = torch.stack(columns, -1)  # (N, columns)
+    sums = table.new_zeros(len(AGE_BUCKETS), len(columns)).index_add(0, bucket, table)
+    maxima = ratio.new_zeros(len(AGE_BUCKETS)).scatter_reduce(0, bucket, ratio, "amax")
+    rows = torch.cat([sums, maxima[:, None]], -1).tolist()
+    total = [*(sum(column) for column in zip(*(row[:-1] for row in rows), strict=True)), max(row[-1] for row in rows)]
+    metrics: dict[str, float] = {}
+    for age, row in [("all", total), *(zip((f"age_{name}" for name in AGE_BUCKETS), rows, strict=True))]:
+        metrics |= _bucket_metrics(age, row, num_tokens=total[0], gates=tuple(gates))
+    return metrics
+
+
+def _bucket_metrics(age: str, row: list[float], *, num_tokens: float, gates: tuple[str, ...]) -> dict[str, float]:
+    count, ratio, squares, k1_sum, k2_sum, k3_sum, *closed, largest = row
+    if not count:
+        return {}
+    mean = ratio / count
+    return {
+        f"age/{age}_tokens_share": count / num_tokens,
+        f"ratio/{age}_mean": mean,
+        f"ratio/{age}_variance": max(squares / count - mean**2, 0.0),
+        f"ratio/{age}_max": largest,
+        f"effective_samples/{age}_share": ratio**2 / (count * squares),
+        f"k1/{age}_nats_mean": k1_sum / count,
+        f"k2/{age}_nats_mean": k2_sum / count,
+        f"k3/{age}_nats_mean": k3_sum / count,
+        **{f"gate/{gate}_{age}_closed_share": total / count for gate, total in zip(gates, closed, strict=True)},
+    }

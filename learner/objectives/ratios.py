@@ -1,0 +1,77 @@
+"""How far the policy has moved from the one that drew a token: [B, T], float32, in log space, exponentiated last."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from learner.objectives.objective import TokenPiece
+from learner.tokens import Tokens
+
+MAX_LOG_RATIO = 20.0
+"""Guard before exp: exp(20) = 4.9e8 is beyond any useful ratio, and the square of a product of two of them, exp(80),
+is still finite in float32. Outside the guard a ratio has no gradient."""
+
+
+def log_ratio(tokens: Tokens) -> Tensor:
+    """log rho = log pi - log behavior, within +-MAX_LOG_RATIO; 0 behind the mask."""
+    return (tokens.logprobs - tokens.behavior_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def no_ratio(tokens: Tokens) -> Tensor:
+    """1: the data is taken as if the policy itself had drawn it."""
+    return torch.ones_like(tokens.logprobs)
+
+
+def token_ratio(tokens: Tokens) -> Tensor:
+    """rho."""
+    return log_ratio(tokens).exp()
+
+
+def bounded_ratio(*, max_log_ratio: float) -> TokenPiece:
+    """rho with |log rho| <= max_log_ratio; outside it has no gradient."""
+    return lambda tokens: log_ratio(tokens).clamp(-max_log_ratio, max_log_ratio).exp()
+
+
+def prefix_minimum(tokens: Tokens) -> Tensor:
+    """sg[log min_{i < t} rho_i] over the trained tokens before t; 0 where there is none, holes are transparent."""
+    logs = log_ratio(tokens).detach().masked_fill(~tokens.mask, math.inf)
+    inclusive = logs.cummin(-1).values
+    exclusive = torch.nn.functional.pad(inclusive[:, :-1], (1, 0), value=math.inf)
+    return exclusive.masked_fill(exclusive == math.inf, 0.0)
+
+
+def prefix_ratio(tokens: Tokens) -> Tensor:
+    """sg[min_{i < t} rho_i] * rho_t."""
+    return (prefix_minimum(tokens) + log_ratio(tokens)).exp()
+
+
+def capped_prefix_ratio(tokens: Tokens) -> Tensor:
+    """sg[min(1, min_{i < t} rho_i)] * rho_t: a good prefix never amplifies."""
+    return (prefix_minimum(tokens).clamp(max=0.0) + log_ratio(tokens)).exp()
+
+
+def soft_clip(ratio: TokenPiece, *, low: float, high: float) -> TokenPiece:
+    """sg[clip(ratio, 1 - low, 1 + high)], a weight: it bounds a coefficient and drops no token."""
+    return lambda tokens: ratio(tokens).detach().clamp(1.0 - low, 1.0 + high)
+
+
+def truncated(ratio: TokenPiece, *, cap: float) -> TokenPiece:
+    """sg[min(ratio, cap)], a weight."""
+    return lambda tokens: ratio(tokens).detach().clamp(max=cap)
+
+
+def k1(tokens: Tokens) -> Tensor:
+    """-log rho: unbiased for KL(behavior || pi), of either sign."""
+    return -log_ratio(tokens)
+
+
+def k2(tokens: Tokens) -> Tensor:
+    """(log rho)^2 / 2: symmetric, so that it sees both tails."""
+    return log_ratio(tokens).square() / 2
+
+
+def k3(tokens: Tokens) -> Tensor:
+    """rho - 1 - log rho: unbiased for KL(behavior || pi), never negative."""
+    logs = log_ratio(tokens)
+    return logs.expm1() - logs

@@ -1,0 +1,390 @@
+"""The methods for old data, each a sentence of pieces, and the registry of all recipes."""
+
+import math
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import ClassVar, Self
+
+from pydantic import ValidationError, model_validator
+
+from buffer.errors import InvalidSettings
+from learner.objectives.aggregation import (
+    mean_over_sequences,
+    mean_over_sequences_of_sums,
+    mean_over_tokens,
+    sum_over_sequences_per_token,
+)
+from learner.objectives.baselines import BASELINES
+from learner.objectives.bellman import RESIDUAL_COLUMNS, reval_residual
+from learner.objectives.composition import Constraint, PolicyGradient, SquaredResidual, Term
+from learner.objectives.gates import inside_clip, sequence_maximum, sequence_mean
+from learner.objectives.multipliers import DualAscent
+from learner.objectives.objective import Gate, Objective, TokenPiece
+from learner.objectives.penalties import ratio_variance
+from learner.objectives.ratios import (
+    bounded_ratio,
+    capped_prefix_ratio,
+    k2,
+    k3,
+    no_ratio,
+    prefix_ratio,
+    soft_clip,
+    token_ratio,
+)
+from learner.objectives.recipe import (
+    AdvantageName,
+    ClipHigh,
+    ClipLow,
+    NonNegative,
+    Positive,
+    Recipe,
+    Share,
+    Threshold,
+)
+from learner.objectives.surrogates import hard_clip, importance, score
+
+
+class MinPro(Recipe):
+    """The least likely earlier token stands for the whole prefix."""
+
+    name: ClassVar = "minpro"
+    paper: ClassVar = "arXiv 2601.22718"
+    sentence: ClassVar = "-1/N sum s(clip(min_{i<t} rho_i * rho_t, 1 - clip_low, 1 + clip_high)) A log pi"
+    use: ClassVar = "Stale data whose early tokens the policy has unlearnt."
+    denominator: ClassVar = "all tokens"
+
+    clip_low: ClipLow = 1.0
+    """Weights stay above 1 - this; 1 = no floor, so that a bad prefix can be suppressed altogether (derived)."""
+    clip_high: ClipHigh = 0.28
+    """Weights stay below 1 + this; the paper's value is unknown, this is its lineage's (derived)."""
+    advantage: AdvantageName = AdvantageName.STANDARDISED
+    """Group-normalised, as in GRPO."""
+
+    def objective(self) -> Objective:
+        weight = soft_clip(prefix_ratio, low=self.clip_low, high=self.clip_high)
+        return self.composed(
+            PolicyGradient(surrogate=score(weight), advantage=self.advantage.piece, aggregate=mean_over_tokens)
+        )
+
+
+class MinProCapped(Recipe):
+    """MinPRO with the prefix minimum capped at 1: ours."""
+
+    name: ClassVar = "minpro_capped"
+    paper: ClassVar = "ours, after arXiv 2601.22718"
+    sentence: ClassVar = "-1/N sum s(clip(min(1, min_{i<t} rho_i) * rho_t, 1 - clip_low, 1 + clip_high)) A log pi"
+    use: ClassVar = "As minpro, when a prefix that became likelier must not amplify what follows."
+    denominator: ClassVar = "all tokens"
+
+    clip_low: ClipLow = 1.0
+    """As in minpro."""
+    clip_high: ClipHigh = 1.0
+    """Weights stay below 2 (ours)."""
+    advantage: AdvantageName = AdvantageName.STANDARDISED
+    """As in minpro."""
+
+    def objective(self) -> Objective:
+        weight = soft_clip(capped_prefix_ratio, low=self.clip_low, high=self.clip_high)
+        return self.composed(
+            PolicyGradient(surrogate=score(weight), advantage=self.advantage.piece, aggregate=mean_over_tokens)
+        )
+
+
+class MinProHard(Recipe):
+    """PPO's clip on the prefix ratio, as public third-party code has it."""
+
+    name: ClassVar = "minpro_hard"
+    paper: ClassVar = "third-party variant of arXiv 2601.22718"
+    sentence: ClassVar = "-1/N sum min(q A, clip(q, 1 - clip_low, 1 + clip_high) A), q = s(min_{i<t} rho_i) * rho_t"
+    use: ClassVar = "To compare with public code; with A < 0 it drops everything after one bad token."
+    denominator: ClassVar = "all tokens"
+
+    clip_low: ClipLow = 0.2
+    """PPO's, as in the public code."""
+    clip_high: ClipHigh = 0.28
+    """DAPO's, as in the public code."""
+    advantage: AdvantageName = AdvantageName.STANDARDISED
+    """As in minpro."""
+
+    def objective(self) -> Objective:
+        return self.composed(
+            PolicyGradient(
+                surrogate=hard_clip(prefix_ratio, low=self.clip_low, high=self.clip_high),
+                advantage=self.advantage.piece,
+                aggregate=mean_over_tokens,
+                clips={"clip": inside_clip(prefix_ratio, low=self.clip_low, high=self.clip_high)},
+            )
+        )
+
+
+class Trm(Recipe):
+    """Trust Region Masking: a sequence leaves as a whole when one token, or their mean, left the trust region."""
+
+    name: ClassVar = "trm"
+    paper: ClassVar = "arXiv 2512.23075"
+    sentence: ClassVar = "-1/B sum_i [max_t k2 <= max_k2 and mean_t k3 <= mean_k3] sum_t rho A"
+    use: ClassVar = "Small steps away from the sampler, long responses; set thresholds from the acceptance curve."
+    denominator: ClassVar = "all sequences"
+
+    max_k2: Threshold = 0.05
+    """Largest (log rho)^2 / 2 of a kept sequence, in nats: the paper's TRM-Max threshold, on its sample stand-in."""
+    mean_k3: Threshold = math.inf
+    """Largest mean of rho - 1 - log rho of a kept sequence, in nats; the paper's TRM-Avg has 0.001. inf = off."""
+    advantage: AdvantageName = AdvantageName.STANDARDISED
+    """As in GRPO, which the paper builds on."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.max_k2 == self.mean_k3 == math.inf:
+            raise ValueError("max_k2 and mean_k3 are both off: set one of them")
+        return self
+
+    def objective(self) -> Objective:
+        return self.composed(
+            PolicyGradient(
+                surrogate=importance(token_ratio),
+                advantage=self.advantage.piece,
+                aggregate=mean_over_sequences_of_sums,
+                gates=_trust_region(max_k2=self.max_k2, mean_k3=self.mean_k3),
+            )
+        )
+
+
+class R2vpo(Recipe):
+    """No clip: the variance of the ratio is a constraint, and its multiplier is learnt."""
+
+    name: ClassVar = "r2vpo"
+    paper: ClassVar = "arXiv 2601.03320, 2605.26784"
+    sentence: ClassVar = (
+        "1/N sum [-rho A + lambda (rho - 1)^2]; lambda <- clip(lambda + dual_step (V - target), 0, lambda_max)"
+    )
+    use: ClassVar = "Moderately old data whose surprising good tokens should keep their gradient."
+    denominator: ClassVar = "all tokens"
+
+    target_variance: Positive = 0.04
+    """Of the ratio: about twice the KL radius, in nats (derived: the paper's is unknown)."""
+    lambda_start: NonNegative = 0.04
+    """Where the one public implementation fixes the multiplier."""
+    lambda_max: NonNegative = 0.1
+    """At 1 a few tokens owned the gradient of a small model; raise it when the multiplier is shown as saturated."""
+    dual_step: NonNegative = 0.02
+    """Change of the multiplier per unit of excess variance (derived). 0 = a fixed multiplier."""
+    dual_decay: Share = 0.0
+    """Of the average of V that drives the multiplier; 0 = the batch alone."""
+    max_log_ratio: Positive = 5.0
+    """Bound on |log rho|, in nats: the penalty's gradient grows like rho^2 (derived)."""
+    advantage: AdvantageName = AdvantageName.STANDARDISED
+    """Critic-free and group-normalised (derived from its baselines)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.lambda_start > self.lambda_max:
+            raise ValueError(f"lambda_start={self.lambda_start} is above lambda_max={self.lambda_max}")
+        return self
+
+    def objective(self) -> Objective:
+        variance = ratio_variance(max_log_ratio=self.max_log_ratio)
+        dual = DualAscent(
+            name="variance",
+            statistic=variance,
+            advantage=self.advantage.piece,
+            target=self.target_variance,
+            step=self.dual_step,
+            start=self.lambda_start,
+            maximum=self.lambda_max,
+            decay=self.dual_decay,
+        )
+        return self.composed(
+            PolicyGradient(
+                surrogate=importance(bounded_ratio(max_log_ratio=self.max_log_ratio)),
+                advantage=self.advantage.piece,
+                aggregate=mean_over_tokens,
+            ),
+            Constraint(piece=variance, aggregate=mean_over_tokens, dual=dual),
+            dual=dual,
+        )
+
+
+class CentringName(StrEnum):
+    GROUP_MEAN = "group_mean"
+    LEAVE_ONE_OUT = "leave_one_out"
+    NONE = "none"
+
+    @property
+    def advantage(self) -> AdvantageName:
+        """The advantage that centres a reward this way."""
+        return AdvantageName(self.value)
+
+
+class ReVal(Recipe):
+    """Logits are Q-values: the squared trajectory-level Bellman residual, with no ratio and no clip."""
+
+    name: ClassVar = "reval"
+    paper: ClassVar = "arXiv 2603.23355"
+    sentence: ClassVar = "1/B sum_i [V - V_ref + log pi(tau) - log pi_ref(tau) - r / beta]^2, V = logsumexp at s_1"
+    use: ClassVar = "Data of any age: the behaviour policy does not enter; needs a reference model."
+    denominator: ClassVar = "all sequences"
+
+    beta: Positive = 0.02
+    """KL strength, reward per nat; beta x response length near 10 in the paper's runs: 600 tokens here."""
+    centring: CentringName = CentringName.GROUP_MEAN
+    """Of the reward; group_mean, the paper's best, learns at beta G / (G - 1), leave_one_out at beta itself."""
+    scale_by_beta: bool = False
+    """Multiply the residual by beta: the same minimiser, a loss in units of reward squared."""
+
+    def objective(self) -> Objective:
+        return self.composed(
+            SquaredResidual(
+                residual=reval_residual(beta=self.beta, centred=self.centring.advantage.piece),
+                aggregate=mean_over_sequences,
+                coefficient=self.beta**2 if self.scale_by_beta else 1.0,
+                columns=RESIDUAL_COLUMNS,
+            )
+        )
+
+
+class WeightName(StrEnum):
+    MINPRO = "minpro"
+    MINPRO_CAPPED = "minpro_capped"
+    TOKEN = "token"
+    NONE = "none"
+
+    @property
+    def ratio(self) -> TokenPiece:
+        """The ratio that a policy gradient is weighted with."""
+        return _WEIGHTS[self]
+
+
+_WEIGHTS: dict[WeightName, TokenPiece] = {
+    WeightName.MINPRO: prefix_ratio,
+    WeightName.MINPRO_CAPPED: capped_prefix_ratio,
+    WeightName.TOKEN: token_ratio,
+    WeightName.NONE: no_ratio,
+}
+
+
+class Stalewise(Recipe):
+    """The default: MinPRO's weight, TRM's gate, R2VPO's constraint and ReVal's residual in one loss: ours."""
+
+    name: ClassVar = "stalewise"
+    paper: ClassVar = "ours, after arXiv 2601.22718, 2512.23075, 2601.03320, 2603.23355"
+    sentence: ClassVar = (
+        "1/N sum { -policy_coefficient [gate] s(w) A log pi + lambda (rho - 1)^2 }"
+        " + bellman_coefficient beta / (2 N) sum_i delta_i^2"
+    )
+    use: ClassVar = "The default for old data; switch off what your run does not need."
+    denominator: ClassVar = "all tokens"
+
+    policy_coefficient: NonNegative = 1.0
+    """Of the policy gradient. 0 = off."""
+    weight: WeightName = WeightName.MINPRO
+    """Of a token in the policy gradient. none = off."""
+    clip_low: ClipLow = 1.0
+    """As in minpro."""
+    clip_high: ClipHigh = 0.28
+    """As in minpro."""
+    max_k2: Threshold = 0.5
+    """As in trm, but for stale data: 0.5 = one token may be 2.7 times likelier or less likely. inf = off."""
+    mean_k3: Threshold = math.inf
+    """As in trm. inf = off."""
+    advantage: AdvantageName = AdvantageName.LEAVE_ONE_OUT
+    """In units of reward, as the Bellman part is, so that the coefficients compare."""
+    target_variance: Positive = 0.04
+    """As in r2vpo."""
+    lambda_start: NonNegative = 0.0
+    """The constraint starts loose and tightens by itself."""
+    lambda_max: NonNegative = 0.1
+    """As in r2vpo. 0 = no constraint."""
+    dual_step: NonNegative = 0.02
+    """As in r2vpo."""
+    dual_decay: Share = 0.9
+    """As in r2vpo: about ten batches, for one batch of mixed ages is noisy."""
+    max_log_ratio: Positive = 5.0
+    """As in r2vpo."""
+    bellman_coefficient: NonNegative = 1.0
+    """Of the Bellman residual; at the reference its gradient is this times the token-mean REINFORCE. 0 = off."""
+    beta: Positive = 0.2
+    """As in reval, for responses of tens of tokens."""
+    centring: CentringName = CentringName.LEAVE_ONE_OUT
+    """Of the reward in the Bellman residual; leave_one_out leaves beta what it says."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.policy_coefficient == self.bellman_coefficient == 0:
+            raise ValueError("policy_coefficient and bellman_coefficient are both 0: nothing would be learnt")
+        if self.lambda_start > self.lambda_max:
+            raise ValueError(f"lambda_start={self.lambda_start} is above lambda_max={self.lambda_max}")
+        return self
+
+    def objective(self) -> Objective:
+        dual = self._dual() if self.lambda_max else None
+        terms: tuple[Term, ...] = ()
+        if self.policy_coefficient:
+            terms += (self._policy(),)
+        if dual:
+            terms += (Constraint(piece=dual.statistic, aggregate=mean_over_tokens, dual=dual),)
+        if self.bellman_coefficient:
+            terms += (self._bellman(),)
+        return self.composed(*terms, dual=dual)
+
+    def _policy(self) -> Term:
+        return PolicyGradient(
+            surrogate=score(soft_clip(self.weight.ratio, low=self.clip_low, high=self.clip_high)),
+            advantage=self.advantage.piece,
+            aggregate=mean_over_tokens,
+            gates=_trust_region(max_k2=self.max_k2, mean_k3=self.mean_k3),
+            coefficient=self.policy_coefficient,
+        )
+
+    def _dual(self) -> DualAscent:
+        return DualAscent(
+            name="variance",
+            statistic=ratio_variance(max_log_ratio=self.max_log_ratio),
+            advantage=self.advantage.piece,
+            target=self.target_variance,
+            step=self.dual_step,
+            start=self.lambda_start,
+            maximum=self.lambda_max,
+            decay=self.dual_decay,
+        )
+
+    def _bellman(self) -> Term:
+        return SquaredResidual(
+            residual=reval_residual(beta=self.beta, centred=self.centring.advantage.piece),
+            aggregate=sum_over_sequences_per_token,
+            coefficient=self.bellman_coefficient * self.beta / 2,
+            columns=RESIDUAL_COLUMNS,
+        )
+
+
+def _trust_region(*, max_k2: float, mean_k3: float) -> Mapping[str, Gate]:
+    gates = {
+        "trust_region_max": (max_k2, sequence_maximum(k2, threshold=max_k2)),
+        "trust_region_mean": (mean_k3, sequence_mean(k3, threshold=mean_k3)),
+    }
+    return {name: gate for name, (threshold, gate) in gates.items() if math.isfinite(threshold)}
+
+
+STALE_DATA_RECIPES: tuple[type[Recipe], ...] = (Stalewise, MinPro, MinProCapped, MinProHard, Trm, R2vpo, ReVal)
+
+RECIPES: dict[str, type[Recipe]] = {recipe.name: recipe for recipe in (*STALE_DATA_RECIPES, *BASELINES)}
+
+
+def build_objective(name: str, options: Mapping[str, object]) -> Objective:
+    """Build the recipe `name` with its options; those left out keep their defaults.
+
+    Raises InvalidSettings for an unknown name, an unknown option, or a value that is out of bounds.
+    """
+    recipe = RECIPES.get(name)
+    if recipe is None:
+        raise InvalidSettings(f"there is no objective {name!r}", hint=f"choose one of {', '.join(sorted(RECIPES))}")
+    try:
+        return recipe.model_validate(dict(options)).objective()
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        option = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            hint = f"its options are {', '.join(recipe.model_fields)}"
+            raise InvalidSettings(f"objective {name} has no option {option!r}", hint=hint) from None
+        seen = f" {option}={problem['input']!r}" if option else ""
+        raise InvalidSettings(f"objective {name}{seen}: {problem['msg']}") from None

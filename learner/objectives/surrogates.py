@@ -1,0 +1,37 @@
+"""What a policy gradient ascends, token by token: (tokens, advantage) -> [B, T]."""
+
+import torch
+from torch import Tensor
+
+from learner.objectives.objective import Surrogate, TokenPiece
+from learner.tokens import Tokens
+
+
+def score(weight: TokenPiece) -> Surrogate:
+    """sg[weight] * A * log pi: gradient through log pi alone."""
+    return lambda tokens, advantage: weight(tokens).detach() * advantage * tokens.logprobs
+
+
+def importance(ratio: TokenPiece) -> Surrogate:
+    """ratio * A."""
+    return lambda tokens, advantage: ratio(tokens) * advantage
+
+
+def hard_clip(ratio: TokenPiece, *, low: float, high: float) -> Surrogate:
+    """min(ratio * A, clip(ratio, 1 - low, 1 + high) * A), PPO's pessimistic clip."""
+
+    def surrogate(tokens: Tokens, advantage: Tensor) -> Tensor:
+        values = ratio(tokens)
+        return torch.minimum(values * advantage, values.clamp(1.0 - low, 1.0 + high) * advantage)
+
+    return surrogate
+
+
+def dual_clip(surrogate: Surrogate, *, floor: float) -> Surrogate:
+    """max(surrogate, floor * A) where A < 0: one wild ratio cannot own the gradient (arXiv 1912.09729)."""
+
+    def clipped(tokens: Tokens, advantage: Tensor) -> Tensor:
+        values = surrogate(tokens, advantage)
+        return torch.where(advantage < 0, torch.maximum(values, floor * advantage), values)
+
+    return clipped
