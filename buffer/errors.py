@@ -104,9 +104,9 @@ class ServiceUnreachable(StalewiseError):
 
 
 class CorruptWeights(StalewiseError):
-    """Downloaded weights do not have the hash the manifest names."""
+    """A payload does not have the hash that names it."""
 
-    status = HTTPStatus.BAD_GATEWAY
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
 
 
 class CanaryFailed(StalewiseError):

@@ -8,14 +8,14 @@ spans                    [0,3)v6 [3,6)v7         tile the whole response
 """
 
 from enum import StrEnum
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictInt, model_validator
 
 from buffer.arrays import BoolArray, Float32Array, Int32Array
 
-SCHEMA = 1
+SCHEMA: Final = 1
 """Number of this record layout. A reader refuses every other number."""
 
 PolicyVersion = int

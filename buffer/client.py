@@ -1,0 +1,162 @@
+"""What actors, learners and third parties import: the table and the weight store protocols over HTTP."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from buffer.connection import ClientSettings, ServiceClient, error_of
+from buffer.errors import CorruptWeights, InvalidRequest
+from buffer.table import SampleRequest, TableStats
+from buffer.types import Group, InsertResult, PolicyVersion, Sample
+from buffer.weights.manifest import Manifest, Payload
+from buffer.wire import (
+    JSON,
+    MSGPACK,
+    InsertRequest,
+    InsertResponse,
+    SampleResponse,
+    TimedSampleRequest,
+    decode,
+    encode,
+    parse,
+)
+
+__all__ = ["ClientSettings", "HttpTable", "HttpWeightStore", "ServiceClient", "Submission"]
+
+_INSERT_ANSWERS = frozenset({409, 413, 422, 429})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submission:
+    """The answer to submitted groups."""
+
+    results: list[InsertResult]
+    retry_after_s: float | None
+    """Seconds to pause before submitting again; set when some group was `full`."""
+
+
+class HttpTable:
+    """A ReplayTable behind a replay service."""
+
+    def __init__(self, client: ServiceClient) -> None:
+        self._client = client
+
+    def submit(self, groups: Sequence[Group]) -> Submission:
+        """Insert groups and learn how long to pause; see ReplayTable.insert."""
+        if not groups:
+            return Submission(results=[], retry_after_s=None)
+        body = encode(InsertRequest(groups=list(groups)), MSGPACK)
+        response = self._client.request(
+            "POST", "/v1/groups", body=body, content_type=MSGPACK, accept=MSGPACK, answers=_INSERT_ANSWERS
+        )
+        answer = decode(response.content, MSGPACK)
+        if "results" not in answer:
+            raise error_of(response)
+        results = parse(InsertResponse, {"results": answer["results"]}).results
+        pause = response.headers.get("Retry-After")
+        return Submission(results=results, retry_after_s=float(pause) if pause else None)
+
+    def insert(self, groups: Sequence[Group]) -> list[InsertResult]:
+        """See ReplayTable."""
+        return self.submit(groups).results
+
+    def sample(self, request: SampleRequest, *, timeout_s: float = 0.0) -> list[Sample]:
+        """See ReplayTable; the service waits up to `timeout_s` for the draw to become possible."""
+        timed = TimedSampleRequest(
+            num_groups=request.num_groups,
+            learner_version=request.learner_version,
+            request_id=request.request_id,
+            selector=request.selector,
+            timeout_s=timeout_s,
+        )
+        response = self._client.request(
+            "POST",
+            "/v1/sample",
+            body=encode(timed, MSGPACK),
+            content_type=MSGPACK,
+            accept=MSGPACK,
+            wait_s=timeout_s,
+        )
+        return parse(SampleResponse, decode(response.content, MSGPACK)).samples
+
+    def advance_version(self, version: PolicyVersion) -> None:
+        """Check that the service has reached `version`: it advances by itself when weights are published."""
+        latest = self._client.run_info().latest_version
+        if latest < version:
+            raise InvalidRequest(
+                f"version {version} is above the latest published one, {latest}",
+                hint="publish the weights: a service advances its table by itself",
+            )
+
+    def get(self, group_id: str) -> Group:
+        """See ReplayTable."""
+        response = self._client.request("GET", f"/v1/groups/{quote(group_id, safe='')}", accept=MSGPACK)
+        return parse(Group, decode(response.content, MSGPACK))
+
+    def stats(self) -> TableStats:
+        """See ReplayTable."""
+        return TableStats.model_validate_json(encode(self._client.stats()["table"], JSON))
+
+
+class HttpWeightStore:
+    """A WeightStore behind a replay service."""
+
+    def __init__(self, client: ServiceClient) -> None:
+        self._client = client
+
+    def put_blob(self, sha256: str, chunks: Iterable[bytes]) -> None:
+        """See WeightStore. Give chunks that can be iterated again (a list, a file opened in `__iter__`) for retries."""
+        self._client.request("PUT", f"/v1/weights/blobs/{sha256}", body=chunks, content_type="application/octet-stream")
+
+    def publish(self, manifest: Manifest) -> None:
+        """See WeightStore."""
+        self._client.request(
+            "PUT", f"/v1/weights/{manifest.version}", body=encode(manifest, MSGPACK), content_type=MSGPACK
+        )
+
+    def latest(self, *, after: PolicyVersion = -1, wait_s: float = 0.0) -> Manifest | None:
+        """See WeightStore: one long poll."""
+        params = {"after": str(after), "wait_s": f"{wait_s:g}"}
+        response = self._client.request("GET", "/v1/weights/latest", accept=MSGPACK, params=params, wait_s=wait_s)
+        return None if response.status_code == 204 else parse(Manifest, decode(response.content, MSGPACK))
+
+    def manifest(self, version: PolicyVersion) -> Manifest:
+        """See WeightStore."""
+        response = self._client.request("GET", f"/v1/weights/{version}", accept=MSGPACK)
+        return parse(Manifest, decode(response.content, MSGPACK))
+
+    def blob(self, sha256: str) -> Iterator[bytes]:
+        """See WeightStore. The hash is checked at the end: CorruptWeights is raised after the last chunk.
+
+        A connection lost on the way raises httpx.TransportError; `download` is the one that retries.
+        """
+        digest = hashlib.sha256()
+        with self._client.stream(f"/v1/weights/blobs/{sha256}") as chunks:
+            for chunk in chunks:
+                digest.update(chunk)
+                yield chunk
+        if digest.hexdigest() != sha256:
+            raise CorruptWeights(
+                f"blob {sha256} arrived with the hash {digest.hexdigest()}", hint="fetch it again: it was not used"
+            )
+
+    def download(self, payload: Payload, path: Path) -> None:
+        """Write a payload to `path`, whole and with the right hash, or not at all.
+
+        A lost connection is retried from the start. Raises CorruptWeights on a wrong hash, NotFound when the version
+        was removed meanwhile (ask for the latest one).
+        """
+        partial = path.with_name(path.name + ".partial")
+
+        def attempt() -> None:
+            with partial.open("wb") as file:
+                for chunk in self.blob(payload.sha256):
+                    file.write(chunk)
+
+        try:
+            self._client.retry(attempt, what=f"GET blob {payload.sha256}")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)

@@ -1,0 +1,185 @@
+"""The replay service as actors, learners and third parties see it: one connection, with retries inside a budget."""
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated, Any, TypeVar
+from urllib.parse import quote
+
+import httpx
+from pydantic import Field
+
+from buffer import errors
+from buffer.errors import ServiceUnreachable, StalewiseError, StoreUnavailable
+from buffer.settings import Settings
+from buffer.wire import JSON, MSGPACK, Heartbeat, LearnerReport, RunInfo, decode, encode, parse
+
+log = logging.getLogger(__name__)
+
+_ERRORS = {
+    kind.code(): kind
+    for kind in (
+        errors.InvalidRecord,
+        errors.InvalidRequest,
+        errors.Oversize,
+        errors.UnsupportedMediaType,
+        errors.NotAcceptable,
+        errors.Unauthorized,
+        errors.Forbidden,
+        errors.NotFound,
+        errors.Conflict,
+        errors.StoreUnavailable,
+        errors.CorruptWeights,
+        errors.RunMismatch,
+    )
+}
+R = TypeVar("R")
+
+
+class ClientSettings(Settings):
+    """How long a caller bears with a slow or absent service."""
+
+    connect_timeout_s: Annotated[float, Field(gt=0)] = 5.0
+    """Seconds to open a connection; a loopback or data-centre service answers in milliseconds."""
+    read_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    """Seconds without a byte before a request counts as lost; long polls add their own wait."""
+    retry_budget_s: Annotated[float, Field(ge=0)] = 60.0
+    """Seconds of retrying before ServiceUnreachable; covers a restart of the service. 0 = never retry."""
+    retry_first_s: Annotated[float, Field(gt=0)] = 0.1
+    """First pause between attempts; doubled each time, with jitter, so that many actors do not return at once."""
+    retry_max_s: Annotated[float, Field(gt=0)] = 5.0
+    """Longest pause between attempts."""
+
+
+class ServiceClient:
+    """A connection to one replay service; threads may share it.
+
+    Every request is safe to repeat, so a lost answer, a proxy's error or StoreUnavailable is retried until the budget
+    is spent; then ServiceUnreachable or StoreUnavailable is raised. `stopping` ends the pauses between attempts.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        settings: ClientSettings | None = None,
+        stopping: threading.Event | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
+        jitter: random.Random | None = None,
+    ) -> None:
+        self.url = url.rstrip("/")
+        self.retries_total = 0
+        """Attempts beyond the first of each request, since construction."""
+        self._settings = settings or ClientSettings()
+        self._stopping = stopping or threading.Event()
+        self._monotonic = monotonic
+        self._jitter = jitter or random.Random()
+        self._http = httpx.Client(
+            base_url=self.url,
+            headers={"Authorization": f"Bearer {token}"} if token else {},
+            timeout=httpx.Timeout(self._settings.read_timeout_s, connect=self._settings.connect_timeout_s),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=8),
+            trust_env=False,
+        )
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._http.close()
+
+    def run_info(self) -> RunInfo:
+        """Return whom we are talking to."""
+        return parse(RunInfo, self.get_json("/v1/run"))
+
+    def stats(self) -> dict[str, Any]:
+        """Return the answer of GET /v1/stats (buffer.wire.ServiceStats) as plain values."""
+        stats: dict[str, Any] = self.get_json("/v1/stats")
+        return stats
+
+    def heartbeat(self, actor_id: str, heartbeat: Heartbeat) -> None:
+        """Say that an actor is alive. An actor calls it every few seconds."""
+        self.request("POST", f"/v1/actors/{quote(actor_id, safe='')}/heartbeat", body=encode(heartbeat, JSON))
+
+    def post_learner_metrics(self, report: LearnerReport) -> None:
+        """Post the learner's progress; the dashboard shows the last one."""
+        self.request("POST", "/v1/learner/metrics", body=encode(report, JSON))
+
+    def get_json(self, path: str) -> Any:
+        """GET a path and return its decoded JSON."""
+        return decode(self.request("GET", path, accept=JSON).content, JSON)
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: bytes | Iterable[bytes] | None = None,
+        content_type: str = JSON,
+        accept: str = JSON,
+        params: Mapping[str, str] | None = None,
+        wait_s: float = 0.0,
+        answers: frozenset[int] = frozenset(),
+    ) -> httpx.Response:
+        """Send a request, with retries, and return a success or a status in `answers`; raise the named error otherwise.
+
+        `wait_s` is how long the service may think on purpose; it is added to the read timeout. An iterable body is
+        iterated anew for each attempt, so a one-shot iterator cannot be retried.
+        """
+        headers = {"Accept": accept} | ({"Content-Type": content_type} if body is not None else {})
+        timeout = httpx.Timeout(self._settings.read_timeout_s + wait_s, connect=self._settings.connect_timeout_s)
+
+        def attempt() -> httpx.Response:
+            response = self._http.request(method, path, content=body, headers=headers, params=params, timeout=timeout)
+            if not response.is_success and response.status_code not in answers:
+                raise error_of(response)
+            return response
+
+        return self.retry(attempt, what=f"{method} {path}")
+
+    @contextmanager
+    def stream(self, path: str) -> Iterator[Iterator[bytes]]:
+        """GET a path and hand out its body in chunks, without retries: a caller repeats it by `retry`."""
+        with self._http.stream("GET", path, headers={"Accept": "*/*"}) as response:
+            if not response.is_success:
+                response.read()
+                raise error_of(response)
+            yield response.iter_bytes(1 << 20)
+
+    def retry(self, attempt: Callable[[], R], *, what: str) -> R:
+        """Call `attempt` until it succeeds, the service names an error, or the budget is spent."""
+        deadline = self._monotonic() + self._settings.retry_budget_s
+        pause_s = self._settings.retry_first_s
+        while True:
+            try:
+                return attempt()
+            except (ServiceUnreachable, StoreUnavailable) as error:
+                problem: StalewiseError = error
+            except httpx.TransportError as error:
+                problem = ServiceUnreachable(
+                    f"no answer from {self.url} to {what}: {error or type(error).__name__}",
+                    hint="check that the service runs and that service.url is right",
+                )
+            delay_s = pause_s * self._jitter.uniform(0.5, 1.0)
+            if self._monotonic() + delay_s > deadline or self._stopping.wait(delay_s):
+                raise problem
+            if pause_s == self._settings.retry_first_s:
+                log.warning("%s; retrying for up to %g s", problem, self._settings.retry_budget_s)
+            self.retries_total += 1
+            pause_s = min(2 * pause_s, self._settings.retry_max_s)
+
+
+def error_of(response: httpx.Response) -> StalewiseError:
+    """Return the error that a response names; ServiceUnreachable when something else than our service answered."""
+    media_type = response.headers.get("content-type", "").partition(";")[0]
+    try:
+        body = decode(response.content, MSGPACK if media_type == MSGPACK else JSON)
+        kind, detail, hint = body["error"], str(body["detail"]), str(body["hint"])
+    except (StalewiseError, KeyError, TypeError):
+        return ServiceUnreachable(
+            f"{response.request.url} answered {response.status_code} without naming an error",
+            hint="check that service.url points at a Stalewise service",
+        )
+    return _ERRORS.get(kind, StalewiseError)(detail, hint=hint)

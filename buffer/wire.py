@@ -1,0 +1,204 @@
+"""The bodies of the HTTP surface and their two encodings, shared by the service and its clients.
+
+One schema, two encodings: in JSON arrays are lists, in msgpack they are raw little-endian bytes.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+import msgpack
+import pydantic_core
+from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, ValidationError
+
+from buffer.errors import InvalidRequest
+from buffer.rate_limiter import RateLimiterSettings
+from buffer.table import SampleRequest, TableStats, Wait
+from buffer.types import SCHEMA, Group, Identifier, InsertResult, LimiterState, PolicyVersion, Record, Sample
+
+JSON = "application/json"
+MSGPACK = "application/msgpack"
+
+T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
+SchemaNumber = Annotated[Literal[1], Field(alias="schema", description="The record layout; always 1.")]
+
+
+class Envelope(Record, Generic[T]):
+    """Submitted groups, not yet judged one by one."""
+
+    schema_number: SchemaNumber = SCHEMA
+    groups: Annotated[list[T], Field(min_length=1)]
+
+
+class InsertRequest(Envelope[Group]):
+    """The body of POST /v1/groups."""
+
+
+class InsertResponse(Record):
+    """One result per submitted group, in the order submitted."""
+
+    results: list[InsertResult]
+
+
+class Problem(Record):
+    """The one error shape."""
+
+    error: str
+    """Name of the kind of error, in snake case."""
+    detail: str
+    """What is wrong, with the value seen."""
+    hint: str
+    """What to do about it; may be empty."""
+
+
+class InsertRefused(Problem):
+    """No group was stored; one result per group says why."""
+
+    results: list[InsertResult]
+
+
+class TimedSampleRequest(SampleRequest):
+    """The body of POST /v1/sample: a draw and how long it may wait to become possible."""
+
+    timeout_s: Annotated[float, Field(ge=0, le=300)] = 0.0
+
+
+class SampleResponse(Record):
+    """Drawn groups; none when the draw did not become possible in time."""
+
+    schema_number: SchemaNumber = SCHEMA
+    samples: list[Sample]
+
+
+class Limits(Record):
+    """What a submission must stay under."""
+
+    max_body_bytes: int
+    max_group_bytes: int
+    capacity_groups: int
+    capacity_bytes: int
+
+
+class RunInfo(Record):
+    """The answer of GET /v1/run: whom a caller is talking to."""
+
+    run_id: Identifier
+    schema_number: SchemaNumber = SCHEMA
+    model_fingerprint: str | None
+    """Fingerprint of the published model (buffer.fingerprint); null before the first version."""
+    latest_version: PolicyVersion
+    """-1 before the first."""
+    limits: Limits
+    tokens_required: bool
+
+
+class Heartbeat(Record):
+    """An actor is alive: the body of POST /v1/actors/{actor_id}/heartbeat."""
+
+    version: Annotated[PolicyVersion, Field(ge=-1)]
+    """Weights in use; -1 before the first load."""
+    tokens_per_s: Annotated[FiniteFloat, Field(ge=0)]
+    """Response tokens drawn per second of late."""
+    groups_total: NonNegativeInt
+    """Groups submitted and answered since the actor started."""
+    state: Annotated[str, Field(max_length=64)]
+    """One word: generating, waiting, quarantined ..."""
+    detail: Annotated[str, Field(max_length=1024)] = ""
+    """A sentence about the state, such as what it waits for."""
+
+
+class ActorStatus(Heartbeat):
+    """An actor's last heartbeat."""
+
+    actor_id: Identifier
+    age_s: float
+    """Seconds since the heartbeat arrived."""
+
+
+class LearnerReport(Record):
+    """How the learner is doing: the body of POST /v1/learner/metrics."""
+
+    updates: NonNegativeInt
+    version: Annotated[PolicyVersion, Field(ge=-1)]
+    metrics: dict[str, FiniteFloat]
+    waiting: Wait | None = None
+    """For whom the learner waits, if it does."""
+
+
+class LearnerStatus(LearnerReport):
+    """The learner's last report."""
+
+    age_s: float
+    """Seconds since the report arrived."""
+
+
+class LimiterStatus(Record):
+    """Who may move, and under which settings."""
+
+    state: Annotated[LimiterState, Field(strict=False)]
+    settings: RateLimiterSettings
+
+
+class WeightsStatus(Record):
+    """What is published."""
+
+    latest_version: PolicyVersion
+    versions: list[PolicyVersion]
+    """Versions still served, oldest first."""
+    bytes: int
+    """Stored payload bytes."""
+    deleted_total: int
+    """Versions that retention has removed."""
+
+
+class ServiceStats(Record):
+    """The answer of GET /v1/stats."""
+
+    run: RunInfo
+    table: TableStats
+    limiter: LimiterStatus
+    weights: WeightsStatus
+    learner: LearnerStatus | None
+    actors: list[ActorStatus]
+    promises: dict[str, str]
+    """What the store guarantees, as it answers itself: appendfsync, maxmemory_policy."""
+    uptime_s: float
+    """Seconds since this service process started."""
+
+
+def encode(body: BaseModel | Mapping[str, Any], media_type: str) -> bytes:
+    """Return a body in one of the two encodings."""
+    if media_type == MSGPACK:
+        plain = body.model_dump(by_alias=True) if isinstance(body, BaseModel) else body
+        packed: bytes = msgpack.packb(plain)
+        return packed
+    return pydantic_core.to_json(body, by_alias=True)
+
+
+def decode(raw: bytes, media_type: str) -> Any:
+    """Return the plain value of a body. Raises InvalidRequest; NaN and Infinity are not JSON."""
+    try:
+        if media_type == MSGPACK:
+            return msgpack.unpackb(raw)
+        return pydantic_core.from_json(raw, allow_inf_nan=False)
+    except ValueError as error:
+        hint = "NaN and Infinity are not JSON" if b"NaN" in raw or b"Infinity" in raw else ""
+        raise InvalidRequest(f"the body is not {media_type}: {error or type(error).__name__}", hint=hint) from error
+
+
+def explain(error: ValidationError) -> str:
+    """Return the first fault of a record as one sentence that names the field."""
+    faults = error.errors(include_url=False, include_input=False)
+    first = faults[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    return f"{where}: {message}{more}" if where else f"{message}{more}"
+
+
+def parse(model: type[M], value: object) -> M:
+    """Validate a decoded body. Raises InvalidRequest with one sentence that names the field."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise InvalidRequest(explain(error)) from error
