@@ -14,7 +14,8 @@ class TableSettings(Settings):
     """How much is kept, for how long, and how often it is handed out."""
 
     capacity_groups: Annotated[int, Field(ge=1)] = 100_000
-    """Groups kept at most. Only groups that were sampled at least once are evicted, oldest first."""
+    """Groups kept at most. Only groups that were sampled at least once, or are never sampled (eval), are evicted,
+    oldest first."""
     capacity_bytes: Annotated[int, Field(ge=1)] = 4 << 30
     """Bytes of encoded groups kept at most; 4 GiB fits a laptop."""
     max_group_bytes: Annotated[int, Field(ge=1)] = 64 << 20
@@ -76,6 +77,8 @@ class TableStats(Record):
     """Submitted groups by outcome, all time."""
     removed: dict[str, int]
     """Removed groups by reason: capacity, age, age_unsampled, reuse, ttl, ttl_unsampled; all time."""
+    forgotten_ids_total: int
+    """Ids forgotten before `dedup_window_s` because `dedup_max_ids` was reached."""
     stored_versions: dict[int, int]
     """Oldest policy version -> stored groups; foreign groups are not in it."""
     stored_uses: dict[int, int]
@@ -87,7 +90,7 @@ class TableStats(Record):
     latest_version: PolicyVersion
     """Latest published version; -1 before the first."""
     limiter_error: float
-    """inserted x samples_per_insert - sampled."""
+    """(inserted - removed unsampled by age or ttl) x samples_per_insert - sampled."""
     waits: list[Wait]
 
 

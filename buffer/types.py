@@ -54,7 +54,7 @@ class SamplingSettings(Record):
     """Logits are divided by this before the softmax."""
     top_p: Annotated[FiniteFloat, Field(gt=0, le=1)]
     """1 = off."""
-    top_k: Annotated[StrictInt, Field(ge=0)]
+    top_k: Annotated[StrictInt, Field(ge=0, lt=1 << 31)]
     """0 = off."""
     min_p: Annotated[FiniteFloat, Field(ge=0, le=1)]
     """0 = off."""
@@ -70,7 +70,7 @@ class VersionSpan(Record):
 
     start: Annotated[StrictInt, Field(ge=0)]
     end: Annotated[StrictInt, Field(ge=1)]
-    version: Annotated[StrictInt, Field(ge=0)] | None
+    version: Annotated[StrictInt, Field(ge=0, lt=1 << 53)] | None
 
 
 class Trajectory(Record):
