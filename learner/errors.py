@@ -3,8 +3,8 @@
 from buffer.errors import StalewiseError
 
 
-class NonFiniteUpdate(StalewiseError):
-    """A loss or a gradient is not a finite number; the weights were left as they were."""
+class NonFiniteGradient(StalewiseError, ArithmeticError):
+    """A gradient is nan or infinite; the weights were left as they were."""
 
     exit_code = 4
 

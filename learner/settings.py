@@ -30,7 +30,7 @@ class ObjectiveSettings(Settings):
 
     name: str = "grpo"
     """A recipe of learner/objectives/recipes.py. grpo is the one that most readers can compare with."""
-    options: dict[str, JsonValue] = {}
+    options: dict[str, JsonValue] = Field(default_factory=dict)
     """The recipe's own options; an unknown one is an error at start. {} = the recipe's defaults."""
 
 

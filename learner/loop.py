@@ -1,0 +1,178 @@
+"""The learner's loop: sample, step, publish, checkpoint; no tensor is touched here.
+
+| waits for | produces | unblocked by | on shutdown |
+|---|---|---|---|
+| a batch; the limiter's minimum | a step, then a version | actors inserting | finish the step, publish, checkpoint |
+"""
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Protocol
+
+from buffer.errors import InvalidSettings
+from buffer.table import Wait
+from buffer.types import Sample
+from learner.admission import Admission
+from learner.checkpoint import Checkpoints
+from learner.collate import collate
+from learner.publisher import Publisher, take_snapshot
+from learner.sampling import Prefetcher
+from learner.settings import LearnerSettings
+from learner.step import Progress, Trainer
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.5
+"""How often a waiting learner looks whether it was told to stop."""
+SILENT_WAIT_S = 1.0
+"""Waits up to this long are the normal rhythm of a loop and are not reported."""
+
+
+class Reporter(Protocol):
+    """Who wants to know how the learner is doing. Must not block for long, nor raise when the service is away."""
+
+    def update(self, progress: Progress, metrics: Mapping[str, float]) -> None:
+        """Take the metrics of one update."""
+        ...
+
+    def waiting(self, progress: Progress, wait: Wait) -> None:
+        """Hear that the learner waits; the next `update` ends the wait."""
+        ...
+
+
+def take_up(trainer: Trainer, checkpoints: Checkpoints, publisher: Publisher, *, resume: bool) -> None:
+    """Bring the trainer to where its run goes on, with a clock above every published version.
+
+    Raises InvalidSettings when the run was begun before and `resume` is not asked for.
+    """
+    latest, newest = publisher.latest_version(), checkpoints.newest()
+    if not resume:
+        if latest is not None or newest is not None:
+            raise InvalidSettings(
+                f"this run was begun before: latest published version {latest}, newest checkpoint {newest}",
+                hint="go on with --resume, or give the run another name",
+            )
+        return
+    if newest is None:
+        log.warning("no checkpoint yet: resuming from the initial weights")
+    else:
+        checkpoints.restore(newest, trainer)
+        log.info("resumed from %s", newest)
+    if latest is not None and latest >= trainer.progress.clock:
+        trainer.progress = replace(trainer.progress, clock=latest + 1)
+
+
+class LearnerLoop:
+    """Runs from the weights that the trainer has to `total_updates`, or until `stop` is set."""
+
+    def __init__(
+        self,
+        *,
+        trainer: Trainer,
+        prefetcher: Prefetcher,
+        admission: Admission,
+        publisher: Publisher,
+        checkpoints: Checkpoints,
+        reporter: Reporter,
+        settings: LearnerSettings,
+        stop: threading.Event,
+        now: Callable[[], float],
+    ) -> None:
+        self._trainer = trainer
+        self._prefetcher = prefetcher
+        self._admission = admission
+        self._publisher = publisher
+        self._checkpoints = checkpoints
+        self._reporter = reporter
+        self._settings = settings
+        self._stop = stop
+        self._now = now
+        self._dropped: Counter[str] = Counter()
+        self._published_clock = -1
+        self._saved_updates = -1
+
+    def run(self) -> None:
+        """Publish the weights at hand, train, and leave with everything published and saved.
+
+        Raises what sampling, an update or publishing raises; weights that fail are neither published nor saved.
+        """
+        self._publish()
+        with self._prefetcher:
+            began_s = self._now()
+            while not self._done() and (samples := self._next_batch(began_s)):
+                self._update(samples, waited_s=self._now() - began_s)
+                began_s = self._now()
+        log.info("%s after %d updates", "done" if self._done() else "told to stop", self._trainer.progress.updates)
+        try:
+            self._publish()
+        finally:  # a service that is away must not cost the work since the last checkpoint
+            self._save()
+
+    def _done(self) -> bool:
+        return self._trainer.progress.updates >= self._settings.total_updates
+
+    def _next_batch(self, began_s: float) -> list[Sample]:
+        """Wait for a batch that may be trained on; [] when told to stop.
+
+        A batch of which groups were dropped is short: waiting for others would only age the rest.
+        """
+        next_report_s = SILENT_WAIT_S
+        while not self._stop.is_set():
+            drawn = self._prefetcher.take(timeout_s=POLL_S)
+            if drawn is not None and (admitted := self._admit(drawn)):
+                return admitted
+            waited_s = self._now() - began_s
+            if waited_s >= next_report_s:
+                self._report_wait(waited_s)
+                next_report_s = (waited_s // self._settings.stall_s + 1) * self._settings.stall_s
+        return []
+
+    def _admit(self, drawn: list[Sample]) -> list[Sample]:
+        admitted, refused, sentences = self._admission.split(drawn, clock=self._trainer.progress.clock)
+        self._dropped.update({f"dropped/{refusal.value}_groups_total": count for refusal, count in refused.items()})
+        for sentence in sentences:
+            log.warning("%s", sentence)
+        return admitted
+
+    def _report_wait(self, waited_s: float) -> None:
+        reason = (
+            f"the learner waits for a batch of {self._settings.groups_per_update} groups: {self._prefetcher.reason}"
+        )
+        stalled = waited_s >= self._settings.stall_s
+        log.log(logging.WARNING if stalled else logging.INFO, "%s (for %.0f s)", reason, waited_s)
+        self._reporter.waiting(self._trainer.progress, Wait(who="learner", since_s=waited_s, reason=reason))
+
+    def _update(self, samples: list[Sample], *, waited_s: float) -> None:
+        metrics = self._trainer.update(collate(samples, clock=self._trainer.progress.clock))
+        stepped_s = self._now()
+        if self._trainer.progress.updates % self._settings.publish_every == 0:
+            self._publish()
+        published_s = self._now()
+        if self._trainer.progress.updates % self._settings.checkpoint_every == 0:
+            self._save()
+        times = {
+            "time/sample_wait_s": waited_s,
+            "time/publish_s": published_s - stepped_s,
+            "time/checkpoint_s": self._now() - published_s,
+        }
+        self._reporter.update(self._trainer.progress, {**metrics, **self._dropped, **times})
+
+    def _publish(self) -> None:
+        clock = self._trainer.progress.clock
+        if clock != self._published_clock:
+            snapshot = take_snapshot(
+                self._trainer.policy,
+                dtype=self._settings.publish_dtype,
+                tolerance_nats=self._settings.probe_tolerance_nats,
+            )
+            self._publisher.publish(snapshot, version=clock)
+            self._published_clock = clock
+
+    def _save(self) -> None:
+        updates = self._trainer.progress.updates
+        if updates != self._saved_updates:
+            log.info("checkpoint %s", self._checkpoints.save(self._trainer))
+            self._saved_updates = updates

@@ -1,0 +1,50 @@
+"""Metrics of a run on disk: one JSON object a line, TensorBoard event files, and Weights & Biases if asked."""
+
+import importlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from buffer.errors import InvalidSettings
+from learner.step import Progress
+
+
+class RunLog:
+    """Writes each update's metrics; a resumed run appends, and its JSON lines repeat the updates that it does again."""
+
+    def __init__(self, directory: Path, *, run_name: str, wandb_project: str | None, first_update: int) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._lines = (directory / "metrics.jsonl").open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=first_update)
+        self._wandb = None if wandb_project is None else _start_wandb(wandb_project, run_name)
+
+    def write(self, progress: Progress, metrics: Mapping[str, float]) -> None:
+        """Record one update; a line is on its way to the disk when this returns."""
+        line = {"updates": progress.updates, "version": progress.clock, **metrics}
+        self._lines.write(json.dumps(line) + "\n")
+        self._lines.flush()
+        for name, value in metrics.items():
+            self._tensorboard.add_scalar(name, value, progress.updates)
+        if self._wandb is not None:
+            self._wandb.log(dict(metrics), step=progress.updates)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        self._lines.close()
+        self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _start_wandb(project: str, run_name: str) -> Any:
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError as error:
+        raise InvalidSettings(
+            f"learner.wandb_project={project!r} but wandb is not installed",
+            hint="pip install 'stalewise[wandb]', or leave the setting out",
+        ) from error
+    return wandb.init(project=project, name=run_name, id=run_name, resume="allow")
