@@ -14,6 +14,7 @@ from buffer.errors import InvalidRequest
 from buffer.rate_limiter import RateLimiterSettings
 from buffer.table import SampleRequest, TableStats, Wait
 from buffer.types import SCHEMA, Group, Identifier, InsertResult, LimiterState, PolicyVersion, Record, Sample
+from buffer.weights.store import WeightsStatus
 
 JSON = "application/json"
 MSGPACK = "application/msgpack"
@@ -137,18 +138,6 @@ class LimiterStatus(Record):
 
     state: Annotated[LimiterState, Field(strict=False)]
     settings: RateLimiterSettings
-
-
-class WeightsStatus(Record):
-    """What is published."""
-
-    latest_version: PolicyVersion
-    versions: list[PolicyVersion]
-    """Versions still served, oldest first."""
-    bytes: int
-    """Stored payload bytes."""
-    deleted_total: int
-    """Versions that retention has removed."""
 
 
 class ServiceStats(Record):

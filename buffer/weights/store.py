@@ -3,8 +3,20 @@
 from collections.abc import Iterable
 from typing import Protocol
 
-from buffer.types import PolicyVersion
+from buffer.types import PolicyVersion, Record
 from buffer.weights.manifest import Manifest
+
+
+class WeightsStatus(Record):
+    """What is published."""
+
+    latest_version: PolicyVersion
+    versions: list[PolicyVersion]
+    """Versions still served, oldest first."""
+    bytes: int
+    """Stored payload bytes."""
+    deleted_total: int
+    """Versions that retention has removed."""
 
 
 class WeightStore(Protocol):
@@ -15,9 +27,10 @@ class WeightStore(Protocol):
         ...
 
     def publish(self, manifest: Manifest) -> None:
-        """Commit a version whose blobs are stored.
+        """Commit a version whose blobs are stored. Committing the latest manifest once more is harmless (a retry).
 
-        Raises Conflict when the version is not above the latest one, NotFound when a blob is missing.
+        Raises Conflict when the version is not above the latest one, NotFound when a blob is missing, RunMismatch
+        for another run or model than before.
         """
         ...
 
