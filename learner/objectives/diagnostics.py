@@ -21,13 +21,13 @@ _ACCEPTANCES = (0.5, 0.7, 0.9)
 def diagnose(tokens: Tokens, loss: Loss) -> dict[str, float]:
     """Return the metrics of one step, named noun/quantity_unit_statistic; a bucket without tokens has none.
 
-    `ratio/*`, `k1..k3/*_nats_mean`, `effective_samples/*_share`, `age/*_tokens_share` and `gate/*_closed_share`, over
-    all tokens and per age bucket; `gate/*_sequences_kept_share`; `trust_region/*`: the threshold that keeps 50, 70 or
-    90 % of the sequences; `loss/*`; `watched/*`.
+    `ratio/mean`, `ratio/age_4_15_mean`: over all trained tokens, and over one bucket; so too variance and max,
+    `k1..k3/nats_mean`, `effective_samples/share` and `gate/NAME_closed_share`. `age/age_4_15_tokens_share`;
+    `gate/NAME_sequences_kept_share`; `trust_region/STATISTIC_nats_p70`: the threshold that would keep 70 % of the
+    sequences; `watched/NAME_mean` and `_absolute_mean` of what the loss watches.
     """
     tokens = cleaned(tokens, ())
-    metrics = {f"loss/{name}": part for name, part in loss.parts.items()}
-    metrics["loss/total"] = loss.total.detach()
+    metrics: dict[str, Tensor] = {}
     for name, seen in loss.watched.items():
         metrics[f"watched/{name}_mean"] = seen.float().mean()
         metrics[f"watched/{name}_absolute_mean"] = seen.float().abs().mean()
@@ -65,24 +65,24 @@ def _by_age(tokens: Tokens, gates: Mapping[str, Tensor]) -> dict[str, float]:
     rows = torch.cat([sums, maxima[:, None]], -1).tolist()
     total = [*(sum(column) for column in zip(*(row[:-1] for row in rows), strict=True)), max(row[-1] for row in rows)]
     metrics: dict[str, float] = {}
-    for age, row in [("all", total), *(zip((f"age_{name}" for name in AGE_BUCKETS), rows, strict=True))]:
-        metrics |= _bucket_metrics(age, row, num_tokens=total[0], gates=tuple(gates))
-    return metrics
+    for name, row in zip(AGE_BUCKETS, rows, strict=True):
+        metrics |= _bucket_metrics(f"age_{name}_", row, gates=tuple(gates))
+        metrics[f"age/age_{name}_tokens_share"] = row[0] / total[0]
+    return metrics | _bucket_metrics("", total, gates=tuple(gates))
 
 
-def _bucket_metrics(age: str, row: list[float], *, num_tokens: float, gates: tuple[str, ...]) -> dict[str, float]:
+def _bucket_metrics(age: str, row: list[float], *, gates: tuple[str, ...]) -> dict[str, float]:
     count, ratio, squares, k1_sum, k2_sum, k3_sum, *closed, largest = row
     if not count:
         return {}
     mean = ratio / count
     return {
-        f"age/{age}_tokens_share": count / num_tokens,
-        f"ratio/{age}_mean": mean,
-        f"ratio/{age}_variance": max(squares / count - mean**2, 0.0),
-        f"ratio/{age}_max": largest,
-        f"effective_samples/{age}_share": ratio**2 / (count * squares),
-        f"k1/{age}_nats_mean": k1_sum / count,
-        f"k2/{age}_nats_mean": k2_sum / count,
-        f"k3/{age}_nats_mean": k3_sum / count,
-        **{f"gate/{gate}_{age}_closed_share": total / count for gate, total in zip(gates, closed, strict=True)},
+        f"ratio/{age}mean": mean,
+        f"ratio/{age}variance": max(squares / count - mean**2, 0.0),
+        f"ratio/{age}max": largest,
+        f"effective_samples/{age}share": ratio**2 / (count * squares),
+        f"k1/{age}nats_mean": k1_sum / count,
+        f"k2/{age}nats_mean": k2_sum / count,
+        f"k3/{age}nats_mean": k3_sum / count,
+        **{f"gate/{gate}_{age}closed_share": total / count for gate, total in zip(gates, closed, strict=True)},
     }

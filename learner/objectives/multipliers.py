@@ -14,7 +14,7 @@ from learner.tokens import Tokens
 class DualAscent:
     """lambda <- clip(lambda + step * (ema of mean_over_tokens(statistic) - target), 0, maximum).
 
-    State, owned by the learner: `NAME` is lambda, `NAME_ema` the average, absent until the first step.
+    State, owned by the learner: `NAME` is lambda, `NAME_ema` the average; it starts at the target, which asks nothing.
     """
 
     name: str
@@ -28,8 +28,8 @@ class DualAscent:
     """Of the average: 0 = this batch alone."""
 
     def initial(self) -> dict[str, float]:
-        """lambda at its start value."""
-        return {self.name: self.start}
+        """The state before the first batch."""
+        return {self.name: self.start, self._ema: self.target}
 
     @torch.no_grad()
     def advanced(self, tokens: Tokens, multipliers: Multipliers) -> dict[str, float]:
@@ -37,7 +37,7 @@ class DualAscent:
         if not self.advantage(tokens).any():
             return dict(multipliers)
         now = float(mean_over_tokens(tokens, self.statistic(tokens)))
-        average = self.decay * multipliers.get(self._ema, now) + (1.0 - self.decay) * now
+        average = self.decay * multipliers[self._ema] + (1.0 - self.decay) * now
         moved = multipliers[self.name] + self.step * (average - self.target)
         return {self.name: min(max(moved, 0.0), self.maximum), self._ema: average}
 
