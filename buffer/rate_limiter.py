@@ -1,10 +1,13 @@
 """When: the samples-per-insert limiter on both sides, and the refusal of settings that could deadlock."""
 
-from typing import Annotated, Self
+from typing import Annotated, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
+from buffer.errors import InvalidRequest, InvalidSettings
+from buffer.selectors import num_fresh
 from buffer.settings import Settings
+from buffer.table import SampleRequest, TableSettings
 
 
 class RateLimiterSettings(Settings):
@@ -29,3 +32,97 @@ class RateLimiterSettings(Settings):
                 "smaller values can block insert and sample for ever"
             )
         return self
+
+
+class Pace(NamedTuple):
+    """What the limiter looks at. Both tables keep these numbers; redis_table computes the rules below in Lua."""
+
+    sampleable: int
+    """Stored train groups."""
+    fresh: int
+    """Of these, never handed out."""
+    inserted: int
+    """Train groups accepted, without those that the age gate or the TTL removed before anybody used them."""
+    sampled: int
+    """Groups handed out."""
+    wanted_fresh: int = 0
+    """Fresh groups that the last refused draw was short of; 0 once a draw went through."""
+    no_room: bool = False
+    """An insert was refused for lack of room, and nothing was handed out or stored since."""
+
+
+def limiter_error(limiter: RateLimiterSettings, pace: Pace) -> float:
+    """Return how far inserts are ahead of samples, in draws of one group."""
+    return pace.inserted * limiter.samples_per_insert - pace.sampled
+
+
+def insert_ceiling(limiter: RateLimiterSettings) -> float:
+    """Return the limiter_error that an insert may lead to at most."""
+    return limiter.min_size * limiter.samples_per_insert + limiter.error_buffer
+
+
+def may_insert(limiter: RateLimiterSettings, pace: Pace) -> bool:
+    """Return whether one more group may come in.
+
+    Always while the learner lacks groups (min_size) or fresh groups (wanted_fresh), since only an insert can help it;
+    else while the inserts are at most error_buffer ahead.
+    """
+    if pace.sampleable < limiter.min_size or pace.fresh < pace.wanted_fresh:
+        return True
+    return limiter_error(limiter, pace) + limiter.samples_per_insert <= insert_ceiling(limiter)
+
+
+def draw_blocked(limiter: RateLimiterSettings, pace: Pace, num_groups: int, num_fresh: int) -> str:
+    """Return why a draw must wait: `min_size`, `ahead`, `fresh`, or `no_fit` for ever; empty when it may go on.
+
+    A full table (no_room) waives min_size and the pace, since only a draw can help the actors then.
+    """
+    short = pace.sampleable < num_groups or pace.fresh < num_fresh
+    if pace.no_room:
+        return "no_fit" if short else ""
+    if pace.sampleable < limiter.min_size:
+        return "min_size"
+    behind = limiter_error(limiter, pace) - num_groups
+    if behind < limiter.min_size * limiter.samples_per_insert - limiter.error_buffer:
+        return "ahead"
+    return "fresh" if short else ""
+
+
+def check_settings(table: TableSettings, limiter: RateLimiterSettings) -> None:
+    """Raise InvalidSettings for two sections that could block a run for ever together."""
+    if limiter.min_size > table.capacity_groups:
+        raise InvalidSettings(
+            f"limiter.min_size={limiter.min_size} is above table.capacity_groups={table.capacity_groups}: "
+            "the first draw would never come",
+            hint="raise capacity_groups or lower min_size",
+        )
+    if table.reuse_limit is not None and table.reuse_limit < limiter.samples_per_insert:
+        raise InvalidSettings(
+            f"table.reuse_limit={table.reuse_limit} is below "
+            f"limiter.samples_per_insert={limiter.samples_per_insert:g}: "
+            "groups would leave before they were handed out often enough, and inserts would block",
+            hint="raise reuse_limit to at least samples_per_insert",
+        )
+
+
+def check_request(request: SampleRequest, limiter: RateLimiterSettings) -> None:
+    """Raise InvalidRequest for a draw that these settings could never serve."""
+    spi = limiter.samples_per_insert
+    if request.num_groups > limiter.min_size:
+        raise InvalidRequest(
+            f"num_groups={request.num_groups} is above limiter.min_size={limiter.min_size}: "
+            "the table need not ever hold that many groups",
+            hint=f"raise min_size to at least {request.num_groups}",
+        )
+    if request.num_groups + spi > 2 * limiter.error_buffer:
+        raise InvalidRequest(
+            f"num_groups={request.num_groups} does not fit error_buffer={limiter.error_buffer:g}: "
+            "insert and sample could block each other",
+            hint=f"raise error_buffer to at least {(request.num_groups + spi) / 2:g}",
+        )
+    share = num_fresh(request.selector, request.num_groups) / request.num_groups
+    if share * spi > 1 + 1e-9:
+        raise InvalidRequest(
+            f"{share:.0%} of the draw must be fresh, but with samples_per_insert={spi:g} only {1 / spi:.0%} can be",
+            hint="lower the fresh share or samples_per_insert",
+        )

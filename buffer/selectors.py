@@ -1,5 +1,7 @@
 """Which groups come next: selectors as records, so that a request, a recipe and a log can all name one."""
 
+import math
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -35,3 +37,31 @@ class Mix(Record):
 
 
 Selector = Annotated[Fifo | Uniform | Fresh | Mix, Field(discriminator="kind")]
+
+
+def num_fresh(selector: Selector, num_groups: int) -> int:
+    """Return how many groups of a draw must never have been handed out."""
+    match selector:
+        case Fresh():
+            return num_groups
+        case Mix(fresh=share):
+            return max(1, math.floor(share * num_groups + 0.5))
+        case _:
+            return 0
+
+
+def draw_ranks(taken: Sequence[int], total: int, uniforms: Sequence[float]) -> list[int]:
+    """Draw one distinct rank in [0, total) per uniform number in [0, 1), never one of `taken` (ascending).
+
+    A Fisher-Yates shuffle that stores only the swaps: O(taken + drawn), whatever `total` is. The ranks in `taken` are
+    swapped to the front, where later swaps do not reach.
+    """
+    moved: dict[int, int] = {}
+    for front, rank in enumerate(taken):
+        moved[rank] = moved.get(front, front)
+    drawn = []
+    for front, uniform in enumerate(uniforms, start=len(taken)):
+        other = front + math.floor(uniform * (total - front))
+        drawn.append(moved.get(other, other))
+        moved[other] = moved.get(front, front)
+    return drawn

@@ -1,0 +1,65 @@
+"""The one sentence for each refusal and each wait, the same whichever table says it."""
+
+from buffer.types import InsertOutcome
+
+Facts = tuple[float, ...]
+"""The numbers of a refusal, in the order in which its sentence shows them."""
+
+_REFUSALS = {
+    "stored": (InsertOutcome.DUPLICATE, "this group was accepted before with the same content; nothing to do"),
+    "conflict": (InsertOutcome.CONFLICT, "group_id was used before for other content; give new data a new id"),
+    "run": (InsertOutcome.INVALID, "run_id is not the run of this table; ask GET /v1/run and start over"),
+    "version": (
+        InsertOutcome.INVALID,
+        "a span claims version {0:.0f}, the latest published version is {1:.0f}; send the version that drew the tokens",
+    ),
+    "foreign": (
+        InsertOutcome.INVALID,
+        "some spans have no version and foreign_share is 0; this run takes no data that its own weights did not draw",
+    ),
+    "foreign_share": (
+        InsertOutcome.FULL,
+        "{0:.0f} of {1:.0f} groups are foreign and foreign_share is {2:g}; try again when there is more own data",
+    ),
+    "stale": (
+        InsertOutcome.STALE,
+        "the oldest span is of version {0:.0f}, {1:.0f} updates behind, and max_age_updates is {2:.0f}; "
+        "load newer weights",
+    ),
+    "bytes": (InsertOutcome.OVERSIZE, "the encoded group has {0:.0f} bytes, the limit is {1:.0f}; send smaller groups"),
+    "pace": (
+        InsertOutcome.FULL,
+        "inserts are {0:g} draws ahead of the learner and the limiter allows {1:g}; try again after it sampled",
+    ),
+    "capacity": (
+        InsertOutcome.FULL,
+        "the table holds {0:.0f} groups and {1:.0f} bytes and may evict too few; try again after the learner sampled",
+    ),
+}
+
+_WAITS = {
+    "min_size": "fewer groups are stored than limiter.min_size: waiting for the actors",
+    "fresh": "too few groups were never handed out: waiting for the actors",
+    "ahead": "samples are ahead of samples_per_insert: waiting for the actors",
+    "pace": "inserts are ahead of samples_per_insert: waiting for the learner",
+    "capacity": "the table is full of groups that were never handed out: waiting for the learner",
+}
+
+
+def refusal(code: str, facts: Facts = ()) -> tuple[InsertOutcome, str]:
+    """Return the outcome and the sentence of a refused insert."""
+    outcome, template = _REFUSALS[code]
+    return outcome, template.format(*facts)
+
+
+def wait_reason(code: str) -> str:
+    """Return the sentence of a wait."""
+    return _WAITS[code]
+
+
+def no_fit(num_groups: int, num_fresh: int, stored: int, stored_fresh: int) -> str:
+    """Return the sentence for a draw that a full table can never serve."""
+    return (
+        f"the table has no room for more groups and holds {stored} ({stored_fresh} fresh), too few for a draw of "
+        f"{num_groups} ({num_fresh} fresh): raise table.capacity_bytes or draw fewer groups"
+    )
