@@ -15,7 +15,7 @@ class TaskSettings(Settings):
 
     name: str = "running_sums"
     """`running_sums`, or any task of the reasoning-gym package by its name, such as `countdown`."""
-    options: dict[str, JsonValue] = {}
+    options: dict[str, JsonValue] = Field(default_factory=dict)
     """Keyword arguments of the task, such as {num_digits = 16} or a reasoning-gym configuration."""
 
 

@@ -155,7 +155,7 @@ class ReasoningGym:
             if self._dataset[index]["question"] not in self._held_out_questions:
                 return self._prompt(index)
         raise InvalidSettings(
-            f"reasoning-gym task {self._name} has hardly more than {len(self._held_out_questions)} questions, all held out",
+            f"reasoning-gym task {self._name} has hardly a question but the {len(self._held_out_questions)} held out",
             hint="choose task options that make it larger",
         )
 
