@@ -1,0 +1,79 @@
+"""A recipe refuses what it does not understand, in one sentence, and says what it is."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from buffer.errors import InvalidSettings
+from learner.objectives.recipes import RECIPES, build_objective
+from learner.tokens import Column
+
+DOCS = Path(__file__).parents[3] / "docs" / "objectives.md"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "sentence"),
+    [
+        ("ppo", {}, "there is no objective 'ppo'.*choose one of"),
+        ("grpo", {"clip": 0.2}, "objective grpo has no option 'clip'.*clip_low, clip_high"),
+        ("grpo", {"clip_low": -0.1}, "clip_low=-0.1: .*greater than or equal to 0"),
+        ("grpo", {"clip_low": 1.1}, "clip_low=1.1: .*less than or equal to 1"),
+        ("grpo", {"clip_high": True}, "clip_high=True: .*truth value"),
+        ("grpo", {"clip_high": "wide"}, "clip_high='wide': .*number"),
+        ("grpo", {"advantage": "best"}, "advantage='best': .*'leave_one_out'"),
+        ("grpo", {"dual_clip": float("nan")}, "dual_clip=nan"),
+        ("reval", {"beta": 0}, "beta=0: .*greater than 0"),
+        ("reval", {"beta": float("inf")}, "beta=inf: .*finite"),
+        ("r2vpo", {"lambda_start": 0.5, "lambda_max": 0.1}, "lambda_start=0.5 is above lambda_max=0.1"),
+        ("r2vpo", {"dual_decay": 1}, "dual_decay=1: .*less than 1"),
+        ("trm", {"max_k2": "inf"}, "max_k2 and mean_k3 are both off"),
+        ("stalewise", {"policy_coefficient": 0, "bellman_coefficient": 0}, "nothing would be learnt"),
+    ],
+)
+def test_bad_options_are_refused_in_one_sentence(name: str, options: dict[str, object], sentence: str) -> None:
+    with pytest.raises(InvalidSettings, match=sentence) as refusal:
+        build_objective(name, options)
+
+    assert "\n" not in str(refusal.value)
+
+
+def test_each_part_of_stalewise_is_switched_off_in_one_line() -> None:
+    residual_columns = build_objective("reval", {}).columns
+
+    assert build_objective("stalewise", {}).columns == residual_columns
+    assert build_objective("stalewise", {"bellman_coefficient": 0}).columns == frozenset()
+    assert build_objective("stalewise", {"lambda_max": 0}).initial_multipliers() == {}
+    assert build_objective("stalewise", {"policy_coefficient": 0}).columns == residual_columns
+
+
+def test_a_reference_kl_asks_for_the_reference() -> None:
+    wanted = {Column.UNIT_LOGPROBS, Column.REFERENCE_LOGPROBS}
+
+    assert build_objective("grpo", {}).columns == frozenset()
+    assert build_objective("grpo", {"reference_kl": 0.04}).columns == wanted
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_every_option_says_its_meaning_and_every_recipe_what_it_is(name: str) -> None:
+    recipe, objective = RECIPES[name], build_objective(name, {})
+
+    assert recipe.name == objective.name == name
+    assert recipe.denominator == objective.denominator
+    assert all(field.description for field in recipe.model_fields.values())
+    assert recipe.paper
+    assert recipe.sentence
+    assert recipe.use
+
+
+def test_every_recipe_has_its_section_in_the_docs_with_its_sentence_options_and_evidence() -> None:
+    sections = dict(re.findall(r"^## `(\w+)`\n(.*?)(?=^## |\Z)", DOCS.read_text(), re.MULTILINE | re.DOTALL))
+
+    assert sections.keys() == RECIPES.keys()
+    for name, recipe in RECIPES.items():
+        assert recipe.sentence in sections[name], f"the section of {name} does not state its loss"
+        assert recipe.paper in sections[name], f"the section of {name} does not state its source"
+        assert recipe.denominator in sections[name], f"the section of {name} does not state its denominator"
+        assert "Our evidence:" in sections[name], f"the section of {name} does not state our evidence"
+        for option in recipe.model_fields:
+            assert f"`{option}`" in sections[name], f"the section of {name} does not explain {option}"

@@ -1,0 +1,355 @@
+"""Ratios, gates, aggregations, advantages and residuals, each by its own claim."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from learner.objectives.advantages import group_mean, leave_one_out, no_baseline, standardised
+from learner.objectives.aggregation import (
+    mean_over_sequences,
+    mean_over_sequences_of_means,
+    mean_over_sequences_of_sums,
+    mean_over_tokens,
+    sum_over_sequences_per_token,
+)
+from learner.objectives.bellman import RESIDUAL_COLUMNS, reval_residual
+from learner.objectives.gates import inside_clip, sequence_maximum, sequence_mean
+from learner.objectives.ratios import (
+    MAX_LOG_RATIO,
+    k1,
+    k2,
+    k3,
+    log_ratio,
+    prefix_minimum,
+    prefix_ratio,
+    token_ratio,
+    truncated,
+)
+from learner.objectives.recipes import build_objective
+from learner.objectives.surrogates import dual_clip, hard_clip, importance, score
+from learner.tokens import Column, Tokens, cleaned
+from tests.learner.objectives.batches import ROWS, gradient, one_batch, tokens_of
+
+ratio_rows = st.lists(st.lists(st.floats(-3, 3), min_size=1, max_size=6), min_size=1, max_size=3)
+
+
+def from_logs(rows: list[list[float]], mask: list[list[int]] | None = None) -> Tokens:
+    """A batch with these log-ratios."""
+    tokens = one_batch(
+        policy=[[1.0] * len(row) for row in rows],
+        behavior=[[math.exp(-log) for log in row] for row in rows],
+        rewards=[1.0] * len(rows),
+        mask=mask,
+    )
+    return cleaned(tokens, ())
+
+
+# ---- ratios
+
+
+@given(ratio_rows)
+@settings(max_examples=50, deadline=None)
+def test_prefix_minimum_is_exclusive_bounded_and_ordered(rows: list[list[float]]) -> None:
+    minima, ratios = prefix_minimum(from_logs(rows)), prefix_ratio(from_logs(rows))
+
+    for i, row in enumerate(rows):
+        for t in range(len(row)):
+            expected = min(row[:t], default=0.0)
+            assert minima[i, t].item() == pytest.approx(expected, abs=1e-5)
+            assert abs(math.log(ratios[i, t].item())) <= 2 * max(map(abs, row)) + 1e-4
+        if all(log <= 0 for log in row):
+            assert ratios[i, len(row) - 1].item() >= math.exp(sum(row)) - 1e-5
+
+
+def test_a_masked_token_neither_enters_nor_resets_the_prefix_minimum() -> None:
+    tokens = from_logs([[-5.0, 0.2, -9.0, -0.1, 0.3]], mask=[[0, 1, 0, 1, 1]])
+
+    assert prefix_minimum(tokens)[0].tolist() == pytest.approx([0.0, 0.0, 0.2, 0.2, -0.1], abs=1e-6)
+
+
+def test_prefix_weights_do_not_depend_on_later_tokens() -> None:
+    short, long = from_logs([[0.1, -0.4, 0.3]]), from_logs([[0.1, -0.4, 0.3, -2.0]])
+
+    torch.testing.assert_close(prefix_ratio(short), prefix_ratio(long)[:, :3])
+
+
+@pytest.mark.parametrize("log", [-1000.0, 1000.0])
+def test_log_ratios_stop_at_the_guard_and_stay_finite_when_squared_and_multiplied(log: float) -> None:
+    tokens = replace(
+        from_logs([[0.0, 0.0]]),
+        logprobs=torch.full((1, 2), log, requires_grad=True),
+        behavior_logprobs=torch.zeros(1, 2),
+    )
+
+    assert log_ratio(tokens).abs().tolist() == [[MAX_LOG_RATIO, MAX_LOG_RATIO]]
+    assert prefix_ratio(tokens).square().isfinite().all()
+    assert not gradient(token_ratio(tokens).sum(), tokens.logprobs).any()
+
+
+def test_k_statistics_at_a_hundred_and_at_a_hundredth() -> None:
+    tokens = from_logs([[math.log(100), math.log(0.01)]])
+
+    assert k1(tokens)[0].tolist() == pytest.approx([-4.605170, 4.605170], abs=1e-5)
+    assert k2(tokens)[0].tolist() == pytest.approx([10.603796, 10.603796], abs=1e-5)
+    assert k3(tokens)[0].tolist() == pytest.approx([94.394830, 3.615170], abs=1e-4)
+
+
+def test_k1_and_k3_are_unbiased_under_the_behaviour_policy() -> None:
+    behavior, policy = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.3, 0.6, 0.1])
+    tokens = from_logs([(policy / behavior).log().tolist()])
+
+    assert (behavior * k1(tokens)).sum().item() == pytest.approx(0.207944, abs=1e-6)
+    assert (behavior * k3(tokens)).sum().item() == pytest.approx(0.207944, abs=1e-6)
+    assert (behavior * k2(tokens)).sum().item() == pytest.approx(0.216204, abs=1e-6)
+
+
+def test_tiny_log_ratios_keep_their_k3() -> None:
+    tokens = replace(from_logs([[0.0]]), logprobs=torch.tensor([[1e-3]]), behavior_logprobs=torch.zeros(1, 1))
+
+    assert k3(tokens).item() == pytest.approx(5.0017e-7, rel=1e-3)  # exp(l) - 1 - l would lose it to rounding
+
+
+def test_truncation_caps_from_above_only() -> None:
+    tokens = from_logs([[math.log(5.0), math.log(0.1)]])
+
+    assert truncated(token_ratio, cap=2.0)(tokens)[0].tolist() == pytest.approx([2.0, 0.1], rel=1e-6)
+
+
+# ---- surrogates
+
+
+def test_score_sends_its_gradient_through_the_log_prob_alone() -> None:
+    tokens = tokens_of(behind_mask=0.0)
+
+    values = score(token_ratio)(tokens, torch.full((len(ROWS), 1), 2.0))
+
+    torch.testing.assert_close(gradient(values.sum(), tokens.logprobs), 2.0 * token_ratio(tokens).detach())
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "value"),
+    [(1.5, 1.0, 1.2), (0.5, 1.0, 0.5), (1.5, -1.0, -1.5), (0.5, -1.0, -0.8), (9.0, -1.0, -9.0)],
+)
+def test_hard_clip_is_the_pessimistic_branch(ratio: float, advantage: float, value: float) -> None:
+    tokens = from_logs([[math.log(ratio)]])
+
+    clipped = hard_clip(token_ratio, low=0.2, high=0.2)
+
+    assert clipped(tokens, torch.tensor([[advantage]])).item() == pytest.approx(value, rel=1e-6)
+
+
+@pytest.mark.parametrize(("ratio", "advantage", "value"), [(9.0, -2.0, -6.0), (2.0, -2.0, -4.0), (9.0, 2.0, 18.0)])
+def test_dual_clip_bounds_bad_answers_only(ratio: float, advantage: float, value: float) -> None:
+    tokens = from_logs([[math.log(ratio)]])
+
+    bounded = dual_clip(importance(token_ratio), floor=3.0)
+
+    assert bounded(tokens, torch.tensor([[advantage]])).item() == pytest.approx(value, rel=1e-6)
+
+
+# ---- gates
+
+
+def test_gates_are_monotone_in_their_threshold_and_see_trained_tokens_only() -> None:
+    tokens = from_logs([[0.1, 2.0, -0.4], [0.0, 0.1, 0.2]], mask=[[1, 0, 1], [1, 1, 1]])
+    advantage = torch.ones(2, 1)
+
+    kept = [sequence_maximum(k2, threshold=t)(tokens, advantage)[:, 0].tolist() for t in (0.01, 0.03, 0.1)]
+
+    assert kept == [[False, False], [False, True], [True, True]]
+
+
+def test_a_sequence_on_the_threshold_is_kept() -> None:
+    tokens = from_logs([[0.0, 0.0]])
+    largest = torch.ones(1, 1)
+
+    assert sequence_maximum(k2, threshold=0.0)(tokens, largest).item()
+    assert sequence_mean(k3, threshold=0.0)(tokens, largest).item()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "is_open"),
+    [(1.3, 1.0, False), (1.3, -1.0, True), (0.7, -1.0, False), (0.7, 1.0, True), (1.3, 0.0, True), (1.1, 1.0, True)],
+)
+def test_inside_clip_closes_what_moved_too_far_in_its_own_direction(
+    ratio: float, advantage: float, is_open: bool
+) -> None:
+    tokens = from_logs([[math.log(ratio)]])
+
+    assert inside_clip(token_ratio, low=0.2, high=0.2)(tokens, torch.tensor([[advantage]])).item() is is_open
+
+
+def test_a_clip_reports_the_tokens_without_gradient() -> None:
+    tokens = tokens_of()
+
+    loss = build_objective("dapo", {})(tokens, {})
+
+    has_gradient = gradient(loss.total, tokens.logprobs) != 0
+    assert torch.equal(has_gradient, loss.gates["clip"] & tokens.mask & (group_mean(tokens) != 0))
+
+
+@pytest.mark.parametrize("options", [{"max_k2": 1e-9}, {"max_k2": 0.05}, {"max_k2": 1e9}])
+def test_a_closed_gate_leaves_the_denominator_of_the_open_tokens(options: dict[str, object]) -> None:
+    tokens = tokens_of()
+
+    for name in ("trm", "stalewise"):
+        loss = build_objective(name, options)(tokens, {"variance": 0.0, "variance_ema": 0.0})
+        free = build_objective(name, {"max_k2": 1e9})(tokens, {"variance": 0.0, "variance_ema": 0.0})
+        found, ungated = gradient(loss.total, tokens.logprobs), gradient(free.total, tokens.logprobs)
+        is_open = loss.gates["trust_region_max"]
+        torch.testing.assert_close(found, torch.where(is_open, ungated, 0.0), rtol=1e-6, atol=1e-9)
+
+
+# ---- aggregation
+
+
+def test_the_name_of_a_reduction_is_its_denominator() -> None:
+    tokens = from_logs([[0.0] * 3, [0.0] * 2, [0.0]])
+    values = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, math.nan], [6.0, math.nan, math.nan]])
+    by_sequence = torch.tensor([6.0, 9.0, 6.0])
+
+    assert mean_over_tokens(tokens, values).item() == pytest.approx(3.5)
+    assert mean_over_sequences_of_sums(tokens, values).item() == pytest.approx(7.0)
+    assert mean_over_sequences_of_means(tokens, values).item() == pytest.approx(4.166667, abs=1e-6)
+    assert mean_over_sequences(tokens, by_sequence).item() == pytest.approx(7.0)
+    assert sum_over_sequences_per_token(tokens, by_sequence).item() == pytest.approx(3.5)
+
+
+def test_values_of_rejected_tokens_still_count_in_every_denominator() -> None:
+    tokens = from_logs([[0.0] * 3, [0.0] * 2, [0.0]])
+    kept = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0], [6.0, 0.0, 0.0]])
+
+    assert mean_over_tokens(tokens, kept).item() == pytest.approx(2.0)
+    assert mean_over_sequences_of_sums(tokens, kept).item() == pytest.approx(4.0)
+    assert mean_over_sequences_of_means(tokens, kept).item() == pytest.approx(2.666667, abs=1e-6)
+
+
+# ---- advantages
+
+
+def rewards(values: list[float], group: list[int], episode: list[int] | None = None) -> Tokens:
+    tokens = one_batch(policy=[[0.5]] * len(values), behavior=[[0.5]] * len(values), rewards=values, group=group)
+    return tokens if episode is None else replace(tokens, episode=torch.tensor(episode))
+
+
+def flat(values: Tensor) -> list[float]:
+    found: list[float] = values[:, 0].tolist()
+    return found
+
+
+def test_advantages_of_unequal_groups_and_a_group_of_one() -> None:
+    tokens = rewards([1.0, 0.0, 0.0, 2.0, 4.0, 0.5], group=[0, 0, 0, 1, 1, 2])
+    sample, population = standardised(lost_degrees=1, epsilon=1e-6), standardised(lost_degrees=0, epsilon=1e-6)
+
+    assert flat(no_baseline(tokens)) == [1.0, 0.0, 0.0, 2.0, 4.0, 0.5]
+    assert flat(group_mean(tokens)) == pytest.approx([2 / 3, -1 / 3, -1 / 3, -1.0, 1.0, 0.5])
+    assert flat(leave_one_out(tokens)) == pytest.approx([1.0, -0.5, -0.5, -2.0, 2.0, 0.5])
+    assert flat(sample(tokens)) == pytest.approx([1.154701, -0.577350, -0.577350, -0.707107, 0.707107, 0.5], abs=3e-6)
+    assert flat(population(tokens)) == pytest.approx([1.414214, -0.707107, -0.707107, -1.0, 1.0, 0.5], abs=5e-6)
+
+
+def test_an_episode_counts_once_in_the_baseline() -> None:
+    tokens = rewards([1.0, 1.0, 1.0, 0.0], group=[0, 0, 0, 0], episode=[0, 0, 0, 1])
+
+    assert flat(group_mean(tokens)) == pytest.approx([0.5, 0.5, 0.5, -0.5])
+    assert flat(leave_one_out(tokens)) == pytest.approx([1.0, 1.0, 1.0, -1.0])
+
+
+def test_a_group_of_one_episode_has_no_baseline_however_many_trajectories_it_has() -> None:
+    tokens = rewards([0.5, 0.5], group=[0, 0], episode=[3, 3])
+
+    for advantage in (group_mean, leave_one_out, standardised(lost_degrees=1, epsilon=1e-6)):
+        assert flat(advantage(tokens)) == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("reward", [0.1, 0.7, -3.3, 1e4])
+def test_equal_rewards_standardise_to_nothing(reward: float) -> None:
+    tokens = rewards([reward] * 7, group=[0] * 7)
+
+    assert max(map(abs, flat(standardised(lost_degrees=1, epsilon=1e-6)(tokens)))) < 1e-5
+
+
+# ---- bellman
+
+
+def test_reval_ignores_the_behaviour_log_probs() -> None:
+    tokens = tokens_of()
+    other = replace(tokens, behavior_logprobs=torch.full_like(tokens.behavior_logprobs, -3.0))
+    objective = build_objective("reval", {})
+
+    assert torch.equal(objective(tokens, {}).total, objective(other, {}).total)
+
+
+def test_reval_is_at_rest_at_the_reference_without_reward() -> None:
+    tokens = tokens_of(behind_mask=0.0)
+    at_reference = replace(
+        tokens,
+        rewards=torch.zeros(len(ROWS)),
+        columns={
+            Column.UNIT_LOGPROBS: tokens.columns[Column.UNIT_LOGPROBS],
+            Column.REFERENCE_LOGPROBS: tokens.columns[Column.UNIT_LOGPROBS].detach().clone(),
+            Column.FIRST_LOGIT: tokens.columns[Column.FIRST_LOGIT],
+            Column.REFERENCE_FIRST_LOGIT: tokens.columns[Column.FIRST_LOGIT].detach().clone(),
+        },
+    )
+
+    total = build_objective("reval", {})(at_reference, {}).total
+
+    assert total.item() == 0.0
+    for column in (Column.UNIT_LOGPROBS, Column.FIRST_LOGIT):
+        assert not gradient(total, tokens.columns[column]).any()
+
+
+def test_the_residual_starts_at_the_first_trained_token() -> None:
+    tokens = cleaned(tokens_of(), RESIDUAL_COLUMNS)
+    row = ROWS[2]  # its first position is a hole
+
+    delta = reval_residual(beta=0.5, centred=no_baseline)(tokens)[2].item()
+
+    later = sum(row.unit[t] - row.reference[t] for t in (2, 3, 4, 5))
+    assert delta == pytest.approx(row.first_logit - row.reference_first_logit + later - row.reward / 0.5, rel=1e-5)
+
+
+def test_shifting_the_first_logit_shifts_the_residual_by_as_much() -> None:
+    tokens = cleaned(tokens_of(), RESIDUAL_COLUMNS)
+    shifted = replace(tokens, columns={**tokens.columns, Column.FIRST_LOGIT: tokens.columns[Column.FIRST_LOGIT] + 0.25})
+    residual = reval_residual(beta=0.5, centred=no_baseline)
+
+    torch.testing.assert_close(residual(shifted) - residual(tokens), torch.full((len(ROWS),), 0.25))
+
+
+def test_beta_scaled_loss_is_beta_squared_times_the_loss() -> None:
+    tokens = tokens_of()
+
+    plain = build_objective("reval", {"beta": 0.1})(tokens, {}).total
+    scaled = build_objective("reval", {"beta": 0.1, "scale_by_beta": True})(tokens, {}).total
+
+    assert scaled.item() == pytest.approx(0.01 * plain.item(), rel=1e-6)
+
+
+def test_stalewise_bellman_part_is_token_mean_reinforce_at_the_reference() -> None:
+    tokens = tokens_of(behind_mask=0.0)
+    unit, first = tokens.columns[Column.UNIT_LOGPROBS], tokens.columns[Column.FIRST_LOGIT]
+    at_reference = replace(
+        tokens,
+        columns={
+            Column.UNIT_LOGPROBS: unit,
+            Column.REFERENCE_LOGPROBS: unit.detach().clone(),
+            Column.FIRST_LOGIT: first,
+            Column.REFERENCE_FIRST_LOGIT: first.detach().clone(),
+        },
+    )
+    options = {"policy_coefficient": 0, "lambda_max": 0, "bellman_coefficient": 0.5, "beta": 0.07}
+
+    total = build_objective("stalewise", options)(at_reference, {}).total
+
+    centred, count = leave_one_out(tokens)[:, 0], tokens.num_tokens
+    torch.testing.assert_close(gradient(total, first), -0.5 * centred / count, rtol=1e-4, atol=1e-6)
+    later = tokens.mask & (tokens.mask.cumsum(-1) > 1)
+    expected = torch.where(later, -0.5 * centred[:, None] / count, 0.0)
+    torch.testing.assert_close(gradient(total, unit), expected, rtol=1e-4, atol=1e-6)
