@@ -1,0 +1,104 @@
+"""What a step reports of each age, against sums made by hand."""
+
+import math
+import re
+import statistics
+
+import pytest
+
+from learner.objectives.diagnostics import AGE_BUCKETS, diagnose
+from learner.objectives.recipes import RECIPES, build_objective
+from tests.learner.objectives.batches import ROWS, tokens_of
+
+MULTIPLIERS = {"variance": 0.1, "variance_ema": 0.04}
+
+LOG_RATIOS_BY_AGE = {
+    "foreign": [0.01, 0.02],
+    "0": [0.05, -0.02, 0.03, 0.01, 0.02],
+    "1_3": [0.4, -0.7, 0.15, 0.1, -0.2, 0.35],
+    "4_15": [0.02, -0.3, 0.1, 0.25, -0.05],
+    "16_63": [-2.5, 0.3, 0.2, 1.4],
+    "64_plus": [-0.06, 0.08],
+}
+"""The trained tokens of the batch, sorted by hand."""
+
+
+def diagnosed(name: str = "trm", **options: object) -> dict[str, float]:
+    tokens = tokens_of()
+    return diagnose(tokens, build_objective(name, options)(tokens, MULTIPLIERS))
+
+
+def test_each_age_bucket_reports_its_own_tokens() -> None:
+    metrics = diagnosed()
+
+    for age, logs in LOG_RATIOS_BY_AGE.items():
+        ratios = [math.exp(log) for log in logs]
+        effective = sum(ratios) ** 2 / sum(r * r for r in ratios) / len(ratios)
+        assert metrics[f"age/age_{age}_tokens_share"] == pytest.approx(len(logs) / 24)
+        assert metrics[f"ratio/age_{age}_mean"] == pytest.approx(statistics.fmean(ratios), rel=1e-5)
+        assert metrics[f"ratio/age_{age}_variance"] == pytest.approx(statistics.pvariance(ratios), rel=1e-3, abs=1e-9)
+        assert metrics[f"ratio/age_{age}_max"] == pytest.approx(max(ratios), rel=1e-5)
+        assert metrics[f"effective_samples/age_{age}_share"] == pytest.approx(effective, rel=1e-5)
+        assert metrics[f"k1/age_{age}_nats_mean"] == pytest.approx(-statistics.fmean(logs), abs=1e-6)
+        assert metrics[f"k2/age_{age}_nats_mean"] == pytest.approx(statistics.fmean(x * x / 2 for x in logs), rel=1e-4)
+        k3 = statistics.fmean(math.exp(x) - 1 - x for x in logs)
+        assert metrics[f"k3/age_{age}_nats_mean"] == pytest.approx(k3, rel=1e-3)
+
+
+def test_the_batch_is_reported_as_a_whole() -> None:
+    metrics = diagnosed()
+
+    logs = [log for part in LOG_RATIOS_BY_AGE.values() for log in part]
+    assert metrics["ratio/mean"] == pytest.approx(statistics.fmean(map(math.exp, logs)), rel=1e-5)
+    assert metrics["ratio/max"] == pytest.approx(math.exp(1.4), rel=1e-5)
+    assert metrics["k1/nats_mean"] == pytest.approx(-statistics.fmean(logs), abs=1e-6)
+
+
+def test_gates_report_what_they_closed_by_age_and_by_sequence() -> None:
+    metrics = diagnosed(max_k2=0.1, mean_k3=1e9)
+
+    # rows 1, 3 and 4 hold a token with |log rho| > sqrt(0.2): 3, 3 and 1 tokens of 24
+    assert metrics["gate/trust_region_max_closed_share"] == pytest.approx(7 / 24)
+    assert metrics["gate/trust_region_max_age_1_3_closed_share"] == pytest.approx(0.5)
+    assert metrics["gate/trust_region_max_age_16_63_closed_share"] == 1.0
+    assert metrics["gate/trust_region_max_sequences_kept_share"] == pytest.approx(5 / 8)
+    assert metrics["gate/trust_region_mean_closed_share"] == 0.0
+
+
+def test_the_acceptance_curve_gives_the_threshold_that_keeps_that_share() -> None:
+    threshold = diagnosed()["trust_region/max_k2_nats_p50"]
+
+    kept = diagnosed(max_k2=threshold)["gate/trust_region_max_sequences_kept_share"]
+
+    assert kept == pytest.approx(0.5)
+
+
+def test_residuals_are_reported_with_their_sign_and_without() -> None:
+    tokens = tokens_of()
+    loss = build_objective("reval", {})(tokens, {})
+
+    metrics = diagnose(tokens, loss)
+
+    residuals = loss.watched["bellman_residual"].tolist()
+    assert metrics["watched/bellman_residual_mean"] == pytest.approx(statistics.fmean(residuals), rel=1e-5)
+    assert metrics["watched/bellman_residual_absolute_mean"] == pytest.approx(
+        statistics.fmean(map(abs, residuals)), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_every_metric_is_a_finite_float_with_a_name_of_the_house(name: str) -> None:
+    for metric, value in diagnosed(name).items():
+        assert re.fullmatch(r"[a-z0-9_]+/[a-z0-9_]+", metric)
+        assert isinstance(value, float)
+        assert math.isfinite(value)
+
+
+def test_an_empty_bucket_reports_no_statistics() -> None:
+    tokens = tokens_of(ROWS[:1])
+
+    metrics = diagnose(tokens, build_objective("dapo", {})(tokens, {}))
+
+    assert "ratio/age_4_15_mean" in metrics
+    assert all(f"ratio/age_{age}_mean" not in metrics for age in AGE_BUCKETS if age != "4_15")
+    assert metrics["age/age_0_tokens_share"] == 0.0
