@@ -92,10 +92,11 @@ def group_from_record(record: object) -> Group:
     try:
         return Group.model_validate(record)
     except ValidationError as error:
-        raise InvalidRecord(_sentence(record, error)) from error
+        raise InvalidRecord(sentence(record, error)) from error
 
 
-def _sentence(record: object, error: ValidationError) -> str:
+def sentence(record: object, error: ValidationError) -> str:
+    """Return the first fault of a record in one sentence that names the field and shows the value."""
     errors = error.errors(include_url=False, include_context=False)
     first = errors[0]
     message = first["msg"].removeprefix("Value error, ")

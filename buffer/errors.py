@@ -83,6 +83,12 @@ class NotFound(StalewiseError):
     status = HTTPStatus.NOT_FOUND
 
 
+class RangeNotSatisfiable(StalewiseError):
+    """A byte range lies outside the payload."""
+
+    status = HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE
+
+
 class Conflict(StalewiseError):
     """The same id was used before with other content, or a version would be published twice."""
 

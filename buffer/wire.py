@@ -10,6 +10,7 @@ import msgpack
 import pydantic_core
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, ValidationError
 
+from buffer.codec import sentence, unpack
 from buffer.errors import InvalidRequest
 from buffer.rate_limiter import RateLimiterSettings
 from buffer.table import SampleRequest, TableStats, Wait
@@ -165,24 +166,14 @@ def encode(body: BaseModel | Mapping[str, Any], media_type: str) -> bytes:
 
 
 def decode(raw: bytes, media_type: str) -> Any:
-    """Return the plain value of a body. Raises InvalidRequest; NaN and Infinity are not JSON."""
+    """Return the plain value of a body. Raises InvalidRecord or InvalidRequest; NaN and Infinity are not JSON."""
+    if media_type == MSGPACK:
+        return unpack(raw, max_bytes=len(raw))
     try:
-        if media_type == MSGPACK:
-            return msgpack.unpackb(raw)
         return pydantic_core.from_json(raw, allow_inf_nan=False)
     except ValueError as error:
         hint = "NaN and Infinity are not JSON" if b"NaN" in raw or b"Infinity" in raw else ""
         raise InvalidRequest(f"the body is not {media_type}: {error or type(error).__name__}", hint=hint) from error
-
-
-def explain(error: ValidationError) -> str:
-    """Return the first fault of a record as one sentence that names the field."""
-    faults = error.errors(include_url=False, include_input=False)
-    first = faults[0]
-    where = ".".join(str(part) for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-    return f"{where}: {message}{more}" if where else f"{message}{more}"
 
 
 def parse(model: type[M], value: object) -> M:
@@ -190,4 +181,4 @@ def parse(model: type[M], value: object) -> M:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        raise InvalidRequest(explain(error)) from error
+        raise InvalidRequest(sentence(value, error)) from error

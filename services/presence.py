@@ -1,0 +1,137 @@
+"""Who was heard of last: actors' heartbeats and the learner's report, shared by all API workers."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import redis
+from pydantic import FiniteFloat
+
+from buffer.errors import StoreUnavailable
+from buffer.types import Record
+from buffer.wire import ActorStatus, Heartbeat, LearnerReport, LearnerStatus
+
+FORGET_AFTER_S = 600.0
+"""An actor that was silent for so long is no longer listed."""
+
+_LEARNER = "learner"
+_ACTOR = "actor:"
+
+
+class Board(Protocol):
+    """Named notes that every API worker sees; a note replaces its previous one."""
+
+    def put(self, name: str, note: str) -> None:
+        """Keep a note."""
+        ...
+
+    def notes(self) -> dict[str, str]:
+        """Return all notes by name."""
+        ...
+
+    def drop(self, names: Sequence[str]) -> None:
+        """Forget notes."""
+        ...
+
+
+class MemoryBoard:
+    """A Board of one process."""
+
+    def __init__(self) -> None:
+        self._notes: dict[str, str] = {}
+
+    def put(self, name: str, note: str) -> None:
+        """See Board."""
+        self._notes[name] = note
+
+    def notes(self) -> dict[str, str]:
+        """See Board."""
+        return dict(self._notes)
+
+    def drop(self, names: Sequence[str]) -> None:
+        """See Board."""
+        for name in names:
+            self._notes.pop(name, None)
+
+
+class RedisBoard:
+    """A Board in one Redis hash, name -> note."""
+
+    def __init__(self, client: "redis.Redis", *, key: str) -> None:
+        self._redis = client
+        self._key = key
+
+    def put(self, name: str, note: str) -> None:
+        """See Board. Raises StoreUnavailable."""
+        try:
+            self._redis.hset(self._key, name, note)
+        except redis.RedisError as error:
+            raise _unavailable(error) from error
+
+    def notes(self) -> dict[str, str]:
+        """See Board. Raises StoreUnavailable."""
+        try:
+            stored = self._redis.hgetall(self._key)
+        except redis.RedisError as error:
+            raise _unavailable(error) from error
+        return {_text(name): _text(note) for name, note in stored.items()}
+
+    def drop(self, names: Sequence[str]) -> None:
+        """See Board. Raises StoreUnavailable."""
+        try:
+            self._redis.hdel(self._key, *names)
+        except redis.RedisError as error:
+            raise _unavailable(error) from error
+
+
+class _Heard(Record):
+    """A message, and the Unix time at which it arrived."""
+
+    received_s: FiniteFloat
+    message: Heartbeat | LearnerReport
+
+
+class Presence:
+    """The last message of each process, on a board. Nothing waits here."""
+
+    def __init__(self, board: Board, *, clock: Callable[[], float] = time.time) -> None:
+        self._board = board
+        self._clock = clock
+
+    def heartbeat(self, actor_id: str, heartbeat: Heartbeat) -> None:
+        """Keep an actor's heartbeat in place of its previous one."""
+        self._put(_ACTOR + actor_id, heartbeat)
+
+    def report(self, report: LearnerReport) -> None:
+        """Keep the learner's report in place of its previous one."""
+        self._put(_LEARNER, report)
+
+    def read(self) -> tuple[LearnerStatus | None, list[ActorStatus]]:
+        """Return the learner's last report, None before the first, and the actors heard of lately, by id."""
+        now_s = self._clock()
+        learner: LearnerStatus | None = None
+        actors: list[ActorStatus] = []
+        silent: list[str] = []
+        for name, note in sorted(self._board.notes().items()):
+            heard = _Heard.model_validate_json(note)
+            age_s = max(0.0, now_s - heard.received_s)
+            if isinstance(heard.message, LearnerReport):
+                learner = LearnerStatus(**dict(heard.message), age_s=age_s)
+            elif age_s > FORGET_AFTER_S:
+                silent.append(name)
+            else:
+                actors.append(ActorStatus(**dict(heard.message), actor_id=name.removeprefix(_ACTOR), age_s=age_s))
+        if silent:
+            self._board.drop(silent)
+        return learner, actors
+
+    def _put(self, name: str, message: Heartbeat | LearnerReport) -> None:
+        self._board.put(name, _Heard(received_s=self._clock(), message=message).model_dump_json())
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _unavailable(error: redis.RedisError) -> StoreUnavailable:
+    return StoreUnavailable(f"redis does not answer: {error}", hint="check that Redis runs and has memory and disk")

@@ -1,0 +1,145 @@
+"""The weights face of the service: content-addressed payloads, manifests as commits, long polls without threads."""
+
+import asyncio
+import re
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path as FilePath
+from typing import Annotated
+
+from fastapi import Path, Query, Request, Response
+from fastapi.responses import StreamingResponse
+from starlette.concurrency import run_in_threadpool
+
+from buffer.errors import InvalidRequest, RangeNotSatisfiable, RunMismatch
+from buffer.weights.manifest import Manifest
+from buffer.wire import decode, parse
+from services.bodies import answer, read_body, sent_media_type, upload_chunks, wanted_media_type
+from services.context import ServiceContext
+from services.operations import OCTETS, Operation
+
+_CHUNK_BYTES = 1 << 20
+_IMMUTABLE = "public, max-age=31536000, immutable"
+
+BlobName = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$")]
+Version = Annotated[int, Path(ge=0)]
+
+
+def weight_operations(context: ServiceContext) -> Sequence[Operation]:
+    """Return the weights operations of one service; `latest` precedes `{version}`."""
+    weights, limits, run_id = context.weights, context.limits, context.run_id
+
+    async def put_blob(request: Request, sha256: BlobName) -> Response:
+        """Store a payload under its sha256; storing it twice is harmless."""
+        chunks = upload_chunks(request, max_bytes=limits.max_blob_bytes)
+        await run_in_threadpool(weights.put_blob, sha256, chunks)
+        return Response(status_code=204)
+
+    async def publish(request: Request, version: Version) -> Response:
+        """Commit a version whose payloads are stored; the table's clock advances with it."""
+        media_type = sent_media_type(request)
+        raw = await read_body(request, max_bytes=limits.max_body_bytes)
+        manifest = parse(Manifest, decode(raw, media_type))
+        if manifest.version != version:
+            raise InvalidRequest(f"the path says version {version}, the manifest {manifest.version}")
+        if manifest.run_id != run_id:
+            raise RunMismatch(f"the manifest is of run {manifest.run_id}, this service serves {run_id}")
+        await run_in_threadpool(weights.publish, manifest)
+        await run_in_threadpool(context.table.advance_version, manifest.version)
+        return Response(status_code=204)
+
+    async def latest(
+        request: Request,
+        after: Annotated[int, Query(ge=-1)] = -1,
+        wait_s: Annotated[float, Query(ge=0, le=60, allow_inf_nan=False)] = 0.0,
+    ) -> Response:
+        """Return the latest manifest once its version is above `after`; 204 when none came within `wait_s`."""
+        media_type = wanted_media_type(request)
+        deadline = time.monotonic() + wait_s
+        while True:
+            manifest = await run_in_threadpool(weights.latest, after=after)
+            if manifest is not None:
+                return answer(manifest, media_type)
+            if time.monotonic() >= deadline or context.closing.is_set() or await request.is_disconnected():
+                return Response(status_code=204)
+            await asyncio.sleep(context.poll_s)
+
+    async def manifest_of(request: Request, version: Version) -> Response:
+        """Return one version's manifest."""
+        media_type = wanted_media_type(request)
+        return answer(await run_in_threadpool(weights.manifest, version), media_type)
+
+    async def get_blob(request: Request, sha256: BlobName) -> Response:
+        """Return a payload, or one range of it. It never changes: any HTTP cache may keep it."""
+        path = await run_in_threadpool(weights.blob_path, sha256)
+        return _file_response(request, path, etag=f'"{sha256}"')
+
+    return (
+        Operation(
+            route="PUT /v1/weights/blobs/{sha256}",
+            endpoint=put_blob,
+            body=b"",
+            answers={204: None},
+            problems=(413, 422, 503),
+        ),
+        Operation(
+            route="GET /v1/weights/blobs/{sha256}",
+            endpoint=get_blob,
+            answers={200: b"", 206: b"", 304: None},
+            problems=(404, 416, 422),
+        ),
+        Operation(
+            route="GET /v1/weights/latest",
+            endpoint=latest,
+            answers={200: Manifest, 204: None},
+            problems=(406, 422, 503),
+        ),
+        Operation(
+            route="PUT /v1/weights/{version}",
+            endpoint=publish,
+            body=Manifest,
+            answers={204: None},
+            problems=(404, 409, 413, 415, 422, 503),
+        ),
+        Operation(
+            route="GET /v1/weights/{version}",
+            endpoint=manifest_of,
+            answers={200: Manifest},
+            problems=(404, 406, 422, 503),
+        ),
+    )
+
+
+def _file_response(request: Request, path: FilePath, *, etag: str) -> Response:
+    size = path.stat().st_size
+    headers = {"ETag": etag, "Cache-Control": _IMMUTABLE, "Accept-Ranges": "bytes"}
+    if etag in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    start, end, status = 0, size, 200
+    asked = _asked_range(request, size) if request.headers.get("if-range", etag) == etag else None
+    if asked is not None:
+        (start, end), status = asked, 206
+        headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
+    headers["Content-Length"] = str(end - start)
+    return StreamingResponse(_read(path, start, end), status_code=status, headers=headers, media_type=OCTETS)
+
+
+def _asked_range(request: Request, size: int) -> tuple[int, int] | None:
+    """Return [start, end) of a single byte range; None to send all, which RFC 9110 allows for any other Range."""
+    match = re.fullmatch(r"bytes=(\d*)-(\d*)", request.headers.get("range", "").strip())
+    if match is None or match.group(0) == "bytes=-":
+        return None
+    first, last = match.groups()
+    start = int(first) if first else max(0, size - int(last))
+    end = min(int(last) + 1, size) if first and last else size
+    if start >= end:
+        raise RangeNotSatisfiable(f"the range {match.group(0)} lies outside the payload of {size} bytes")
+    return start, end
+
+
+def _read(path: FilePath, start: int, end: int) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        file.seek(start)
+        while start < end and (chunk := file.read(min(_CHUNK_BYTES, end - start))):
+            start += len(chunk)
+            yield chunk
