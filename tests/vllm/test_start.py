@@ -1,0 +1,56 @@
+"""What the vLLM engine refuses before it starts, in one sentence, and what its actor imports."""
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from actor.vllm_engine import VllmEngine, VllmSettings, check_sampling
+from buffer.errors import InvalidSettings
+from buffer.types import SamplingSettings
+from tests.factories import UNTRUNCATED
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k", "min_p", "message"),
+    [
+        (1.0, 0.9, 0, 0.0, "set top_k between 1 and 64 as well"),
+        (1.0, 1.0, 0, 0.1, "set top_k between 1 and 64 as well"),
+        (1.0, 1.0, 65, 0.0, "top_k=65"),
+        (0.001, 1.0, 0, 0.0, "temperature=0.001 is below 0.01"),
+    ],
+)
+def test_sampling_whose_logprobs_vllm_cannot_report_is_refused(
+    temperature: float, top_p: float, top_k: int, min_p: float, message: str
+) -> None:
+    with pytest.raises(InvalidSettings, match=message):
+        check_sampling(SamplingSettings(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p))
+
+
+def test_a_directory_without_a_config_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(InvalidSettings, match=r"holds no config\.json"):
+        VllmEngine(tmp_path, VllmSettings(), sampling=UNTRUNCATED, seed=0)
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
+def test_without_vllm_the_sentence_says_what_to_run(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+
+    with pytest.raises(InvalidSettings, match="make setup-vllm"):
+        VllmEngine(tmp_path, VllmSettings(), sampling=UNTRUNCATED, seed=0)
+
+
+@pytest.mark.vllm
+def test_the_actor_imports_neither_the_learner_nor_a_server() -> None:
+    program = """
+import sys
+import services.actor_service
+import actor.vllm_engine
+bad = [m for m in sys.modules if m.split(".")[0] in ("learner", "fastapi", "uvicorn") or m == "services.replay_api"]
+sys.exit(f"imported: {bad}" if bad else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
