@@ -1,0 +1,162 @@
+"""Weight sync: the thread that brings new versions into the engine and proves each one by the canary.
+
+| waits for | produces | unblocked by | on shutdown |
+|---|---|---|---|
+| a newer manifest (long poll) | an engine that passed the canary | the learner publishing | stop polling |
+
+A load that fails the canary puts the actor into quarantine: the keyframe of the latest version is fetched again, and
+until a load passes nothing is submitted, what was drawn meanwhile included (`confirm`).
+"""
+
+import hashlib
+import logging
+import random
+import threading
+from pathlib import Path
+
+import httpx
+import numpy as np
+
+from actor.backoff import Backoff
+from actor.engine import Engine
+from actor.settings import ActorSettings
+from buffer.errors import CanaryFailed, CorruptWeights, NotFound, RunMismatch, ServiceUnreachable, StoreUnavailable
+from buffer.types import PolicyVersion
+from buffer.weights.manifest import Manifest, Payload, Probe
+from buffer.weights.store import WeightStore
+
+log = logging.getLogger(__name__)
+
+UNREACHABLE = (ServiceUnreachable, StoreUnavailable, httpx.TransportError)
+"""The service is away or its store refuses: worth trying again."""
+
+
+class WeightSync:
+    """Owns the thread. `wait_ready` and `confirm` are for the main loop."""
+
+    def __init__(
+        self,
+        *,
+        store: WeightStore,
+        engine: Engine,
+        run_id: str,
+        model_fingerprint: str,
+        directory: Path,
+        settings: ActorSettings,
+        stop: threading.Event,
+        jitter: random.Random,
+    ) -> None:
+        self._store = store
+        self._engine = engine
+        self._run_id = run_id
+        self._model_fingerprint = model_fingerprint
+        self._file = directory / "incoming.safetensors"
+        self._poll_s = settings.poll_s
+        self._backoff = Backoff(settings.retry_s, jitter)
+        self._stop = stop
+        self._thread = threading.Thread(target=self._run, name="weight-sync", daemon=True)
+        self._loading = threading.Lock()  # held from the first changed weight to the canary's verdict
+        self._ready = threading.Event()
+        self._fatal: Exception | None = None
+        self.verified_version: PolicyVersion = -1
+        """The newest version that passed the canary."""
+        self.failures_total = 0
+        """Loads that were refused by the canary or by the engine."""
+        self.quarantine_reason = ""
+        """Why nothing may be submitted; empty when all is well."""
+
+    def start(self) -> None:
+        """Begin to poll."""
+        self._thread.start()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for the thread after `stop` was set; a long poll may outlive the wait, and dies with the process."""
+        self._thread.join(timeout_s)
+
+    def wait_ready(self, timeout_s: float) -> bool:
+        """Wait for weights that passed the canary. Raises what ended the thread, such as RunMismatch."""
+        ready = self._ready.wait(timeout_s)
+        if self._fatal is not None:
+            raise self._fatal
+        return ready
+
+    def confirm(self, failures_before: int) -> bool:
+        """Whether every load since `failures_total` was `failures_before` passed; waits for one that is under way."""
+        with self._loading:
+            return self.failures_total == failures_before and not self.quarantine_reason
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.is_set():
+                self._stop.wait(self._poll())
+        except Exception as error:  # noqa: BLE001 the main loop would wait for ever for a thread that died in silence
+            self._fatal = error
+            self._ready.set()
+
+    def _poll(self) -> float:
+        """Take the next version, if one appears; return the seconds to pause."""
+        try:
+            manifest = self._store.latest(after=self.verified_version, wait_s=self._poll_s)
+            if manifest is not None:
+                self._take(manifest)
+        except (*UNREACHABLE, NotFound, CorruptWeights, CanaryFailed) as error:
+            pause_s = self._backoff.next_pause_s()
+            log.warning("no new weights yet, next attempt in %.1f s: %s", pause_s, error)
+            return pause_s
+        self._backoff.reset()
+        return 0.0
+
+    def _take(self, manifest: Manifest) -> None:
+        """Fetch, load and prove one version."""
+        if manifest.run_id != self._run_id or manifest.model_fingerprint != self._model_fingerprint:
+            raise RunMismatch(
+                f"version {manifest.version} is of run {manifest.run_id} and model {manifest.model_fingerprint[:12]},"
+                f" this actor of run {self._run_id} and model {self._model_fingerprint[:12]}",
+                hint="start the actor with the model directory of the learner, and against its service",
+            )
+        try:
+            self._fetch(manifest.payloads[0])
+            with self._loading:
+                self._load(manifest)
+        finally:
+            self._file.unlink(missing_ok=True)
+
+    def _fetch(self, payload: Payload) -> None:
+        """Write a payload to disk. Raises CorruptWeights unless it has its hash."""
+        digest = hashlib.sha256()
+        with self._file.open("wb") as file:
+            for chunk in self._store.blob(payload.sha256):
+                digest.update(chunk)
+                file.write(chunk)
+        if digest.hexdigest() != payload.sha256:
+            raise CorruptWeights(
+                f"keyframe {payload.sha256} arrived with the hash {digest.hexdigest()}", hint="it is fetched again"
+            )
+
+    def _load(self, manifest: Manifest) -> None:
+        try:
+            self._engine.load(self._file, manifest.version)
+            check_canary(self._engine, manifest.probe, version=manifest.version)
+        except (CorruptWeights, CanaryFailed) as error:
+            self.failures_total += 1
+            self.quarantine_reason = f"{error}; {self.failures_total} failed loads so far"
+            self._ready.clear()
+            raise
+        if self.quarantine_reason:
+            log.warning("version %d passed the canary: out of quarantine", manifest.version)
+        self.quarantine_reason = ""
+        self.verified_version = manifest.version
+        self._ready.set()
+        log.info("generating with version %d", manifest.version)
+
+
+def check_canary(engine: Engine, probe: Probe, *, version: PolicyVersion) -> None:
+    """Raise CanaryFailed unless the engine gives the probe the log-probs that the learner computed."""
+    scores = engine.score(probe.token_ids)
+    worst_nats = float(np.abs(scores - probe.logprobs).max())
+    if not worst_nats <= probe.tolerance:  # NaN fails too
+        raise CanaryFailed(
+            f"version {version} was loaded wrongly: the canary is off by {worst_nats:.3g} nats, {probe.tolerance:g} is"
+            " tolerated",
+            hint="the keyframe is fetched again; until a load passes, this actor submits nothing",
+        )
