@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from buffer.codec import encode_group, record_hash
 from buffer.errors import Conflict, InvalidRequest, NotFound
-from buffer.outcomes import Facts, no_fit, refusal
+from buffer.outcomes import Facts, no_fit, refusal, refused_at_sight
 from buffer.rate_limiter import (
     Pace,
     RateLimiterSettings,
@@ -26,7 +26,7 @@ from buffer.selectors import Fifo, Fresh, Mix, Selector, Uniform, draw_ranks, nu
 from buffer.staleness import age_updates, is_too_old
 from buffer.table import SampleRequest, TableSettings, TableStats
 from buffer.types import Group, InsertOutcome, InsertResult, PolicyVersion, Sample, SampleInfo, Split
-from buffer.waits import Waits
+from buffer.waits import Waiting, refused_again, report
 
 
 @dataclass(slots=True)
@@ -78,7 +78,8 @@ class MemoryTable:
         self._by_version: dict[PolicyVersion, set[int]] = {}
         self._remembered: dict[str, tuple[str, float]] = {}  # group_id -> content hash, removed at; oldest first
         self._draws: dict[str, _Draw] = {}
-        self._waits = Waits()
+        self._learner_wait: Waiting | None = None
+        self._actors_wait: Waiting | None = None
         self._wanted_fresh = 0
         self._no_room = False
         self._bytes = self._evictable_bytes = self._num_evictable = self._num_foreign = self._num_tokens = 0
@@ -108,7 +109,7 @@ class MemoryTable:
             if blocked == "no_fit":
                 raise InvalidRequest(no_fit(request.num_groups, wanted_fresh, len(self._train), len(self._fresh)))
             if blocked:
-                self._waits.learner.blocked(blocked, now_s)
+                self._learner_wait = refused_again(self._learner_wait, blocked, now_s)
                 self._wanted_fresh = wanted_fresh if blocked == "fresh" else self._wanted_fresh
                 return []
             return self._draw(request, now_s)
@@ -129,6 +130,7 @@ class MemoryTable:
     def stats(self) -> TableStats:
         """Return the counters."""
         with self._lock:
+            pace = self._pace()
             return TableStats(
                 num_groups=len(self._train),
                 num_fresh=len(self._fresh),
@@ -146,8 +148,10 @@ class MemoryTable:
                 num_trajectories_total=self._num_trajectories,
                 forgotten_ids_total=self._forgotten,
                 latest_version=self._latest_version,
-                limiter_error=limiter_error(self._limiter, self._pace()),
-                waits=self._waits.report(self._clock()),
+                limiter_error=limiter_error(self._limiter, pace),
+                waits=report(
+                    self._learner_wait, self._actors_wait, limiter=self._limiter, pace=pace, now_s=self._clock()
+                ),
             )
 
     def _pace(self) -> Pace:
@@ -165,11 +169,13 @@ class MemoryTable:
 
     def _insert(self, group: Group) -> InsertResult:
         now_s = self._clock()
-        self._remove_overdue(now_s, self._latest_version)
-        self._forget(now_s)
         record = encode_group(group)
         content = record_hash(record)
-        refused = self._refused(group, content, len(record))
+        refused = refused_at_sight(group, len(record), self._settings, self._run_id)
+        if refused is None:
+            self._remove_overdue(now_s, self._latest_version)
+            self._forget(now_s)
+            refused = self._refused(group, content, len(record))
         if refused is None:
             self._store(group, content, len(record), now_s)
             outcome, reason = InsertOutcome.ACCEPTED, ""
@@ -177,19 +183,13 @@ class MemoryTable:
             code, facts = refused
             outcome, reason = refusal(code, facts)
             if code in ("pace", "capacity"):
-                self._waits.actors.blocked(code, now_s)
+                self._actors_wait = refused_again(self._actors_wait, code, now_s)
             self._no_room = self._no_room or code == "capacity"
         self._outcomes[outcome.value] += 1
         return InsertResult(group_id=group.group_id, outcome=outcome, reason=reason)
 
     def _refused(self, group: Group, content: str, size_bytes: int) -> tuple[str, Facts] | None:
         """Return the code of a refusal with its facts; None when there is room, which is made here."""
-        settings = self._settings
-        limit_bytes = min(settings.max_group_bytes, settings.capacity_bytes)
-        if group.run_id != self._run_id:
-            return "run", ()
-        if size_bytes > limit_bytes:
-            return "bytes", (size_bytes, limit_bytes)
         if (known := self._known_content(group.group_id)) is not None:
             return ("stored" if known == content else "conflict"), ()
         if (newest := group.newest_version) is not None and newest > self._latest_version:
@@ -237,7 +237,7 @@ class MemoryTable:
         self._entries[entry.sequence] = entry
         self._sequences[group.group_id] = entry.sequence
         self._bytes += size_bytes
-        self._waits.actors.clear()
+        self._actors_wait = None
         self._no_room = False
         if not entry.is_train:
             self._make_evictable(entry)
@@ -283,7 +283,7 @@ class MemoryTable:
         chosen = self._choose(request.selector, request.num_groups)
         samples = [self._hand_out(self._entries[sequence], chance, clock) for sequence, chance in chosen]
         self._sampled += len(samples)
-        self._waits.learner.clear()
+        self._learner_wait = None
         self._wanted_fresh, self._no_room = 0, False
         self._draws[request.request_id] = _Draw(request, now_s, samples)
         return samples

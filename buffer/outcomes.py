@@ -1,6 +1,7 @@
 """The one sentence for each refusal and each wait, the same whichever table says it."""
 
-from buffer.types import InsertOutcome
+from buffer.table import TableSettings
+from buffer.types import Group, InsertOutcome
 
 Facts = tuple[float, ...]
 """The numbers of a refusal, in the order in which its sentence shows them."""
@@ -50,6 +51,19 @@ def refusal(code: str, facts: Facts = ()) -> tuple[InsertOutcome, str]:
     """Return the outcome and the sentence of a refused insert."""
     outcome, template = _REFUSALS[code]
     return outcome, template.format(*facts)
+
+
+def refused_at_sight(group: Group, size_bytes: int, settings: TableSettings, run_id: str) -> tuple[str, Facts] | None:
+    """Return the refusal, as code and facts, of a group that no table with these settings takes; None when one may."""
+    if group.run_id != run_id:
+        return "run", ()
+    limit_bytes = min(settings.max_group_bytes, settings.capacity_bytes)
+    return ("bytes", (size_bytes, limit_bytes)) if size_bytes > limit_bytes else None
+
+
+def outcome_of(code: str) -> InsertOutcome:
+    """Return the outcome that an insert with this result code has."""
+    return InsertOutcome.ACCEPTED if code == "accepted" else _REFUSALS[code][0]
 
 
 def wait_reason(code: str) -> str:

@@ -27,6 +27,9 @@ Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127
 MAX_LOGPROB = 1e-3
 """Rounding may lift the log-prob of a certain token this far over 0; anything higher is not a log-prob."""
 
+MAX_REWARD = 1e18
+"""Largest size of a reward: its square must still fit float32."""
+
 
 class Record(BaseModel):
     """A frozen wire record. Unknown fields are errors."""
@@ -88,7 +91,7 @@ class Trajectory(Record):
     spans: Annotated[tuple[VersionSpan, ...], Field(min_length=1, strict=False)]
     """Tile [0, T) in order."""
     sampling: SamplingSettings
-    reward: FiniteFloat
+    reward: Annotated[FiniteFloat, Field(ge=-MAX_REWARD, le=MAX_REWARD)]
     finish_reason: Annotated[FinishReason, Field(strict=False)]
     token_rewards: Float32Array | None = None
     """[T] float32, optional per-token rewards, finite."""

@@ -1,0 +1,10 @@
+-- Record the latest published version, which never goes back, and remove what the age gate closes.
+-- The schema is in common.lua.
+--
+-- ARGV[3] the version
+-- Returns 1 when more overdue groups may be left: call again.
+
+if tonumber(ARGV[3]) > latest_version() then
+  redis.call('HSET', key('stats'), 'latest_version', ARGV[3])
+end
+return remove_overdue(latest_version()) and 1 or 0

