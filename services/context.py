@@ -1,4 +1,4 @@
-"""What the HTTP face works with: collaborators and limits, given once to create_app."""
+"""What the HTTP face works with: its settings and its collaborators, given once to create_app."""
 
 import threading
 import time
@@ -6,22 +6,41 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 
 from buffer.rate_limiter import RateLimiterSettings
 from buffer.settings import Settings
 from buffer.table import ReplayTable, TableSettings
 from buffer.weights.directory_store import DirectoryWeightStore
 from services.presence import Presence
+from services.security import TokenSettings
 
 
-class HttpLimits(Settings):
-    """What one request may cost."""
+class ServiceSettings(Settings):
+    """Where the service listens, where its Redis is, and what one request may cost."""
 
+    host: str = "127.0.0.1"
+    """Address to bind. Anything but loopback needs tokens."""
+    port: Annotated[int, Field(ge=0, le=65_535)] = 8642
+    """TCP port; 0 takes a free one, which the run's service.json names."""
+    url: str | None = None
+    """Where learner, actors and `stats` find the service. None = the run's service.json, else host and port."""
+    redis_url: str | None = None
+    """A Redis of yours, such as redis://redis:6379/0. None = the service starts its own."""
+    token: SecretStr | None = None
+    """The bearer token that this process sends as a client."""
+    tokens: TokenSettings = TokenSettings()
+    """The bearer tokens that the service knows, by role."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 128 << 20
     """Largest body of a request, payloads of weights apart; twice table.max_group_bytes, so that any group fits."""
     max_blob_bytes: Annotated[int, Field(ge=1024)] = 64 << 30
     """Largest payload of weights; 64 GiB holds a model of 32 B parameters in bfloat16."""
+    poll_s: Annotated[float, Field(gt=0)] = 0.02
+    """Seconds between two looks on behalf of a request that waits; a bound on the delay that waiting adds."""
+    retry_after_s: Annotated[int, Field(ge=1)] = 1
+    """Seconds that a `full` answer tells the actor to pause."""
+    drain_s: Annotated[float, Field(gt=0)] = 20.0
+    """Seconds that running requests get to end after SIGTERM; requests that wait end at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,18 +48,14 @@ class ServiceContext:
     """The collaborators of the HTTP face. All state is theirs; the face has none."""
 
     run_id: str
+    settings: ServiceSettings
     table: ReplayTable
-    weights: DirectoryWeightStore
-    presence: Presence
     table_settings: TableSettings
     limiter_settings: RateLimiterSettings
-    limits: HttpLimits
+    weights: DirectoryWeightStore
+    presence: Presence
     promises: Callable[[], Mapping[str, str]]
     """Asks the store what it guarantees now: appendfsync, maxmemory_policy."""
-    poll_s: float = 0.02
-    """Seconds between two looks on behalf of a request that waits."""
-    retry_after_s: int = 1
-    """What a refused actor is told to wait."""
     closing: threading.Event = field(default_factory=threading.Event)
     """Set when the service drains: requests that wait answer at once, with nothing."""
     monotonic: Callable[[], float] = time.monotonic

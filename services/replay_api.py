@@ -76,26 +76,26 @@ def create_app(context: ServiceContext, guard: Guard) -> FastAPI:
 
 
 def _table_operations(context: ServiceContext) -> Sequence[Operation]:
-    table, limits = context.table, context.limits
+    table, settings = context.table, context.settings
 
     async def insert(request: Request) -> Response:
         """Insert groups: one outcome each. A common outcome has its own status, different ones are a 207."""
         media_type, wanted = sent_media_type(request), wanted_media_type(request)
-        raw = await read_body(request, max_bytes=limits.max_body_bytes)
+        raw = await read_body(request, max_bytes=settings.max_body_bytes)
         results = await run_in_threadpool(_insert, context, raw, media_type)
-        return _insert_answer(results, wanted, retry_after_s=context.retry_after_s)
+        return _insert_answer(results, wanted, retry_after_s=settings.retry_after_s)
 
     async def sample(request: Request) -> Response:
         """Draw groups, waiting up to `timeout_s` for the draw to become possible; no groups when it did not."""
         media_type, wanted = sent_media_type(request), wanted_media_type(request)
-        raw = await read_body(request, max_bytes=limits.max_body_bytes)
+        raw = await read_body(request, max_bytes=settings.max_body_bytes)
         timed = parse(TimedSampleRequest, decode(raw, media_type))
         draw = SampleRequest(**{name: value for name, value in timed if name != "timeout_s"})
         deadline = context.monotonic() + timed.timeout_s
         while not (samples := await run_in_threadpool(table.sample, draw)):
             if context.monotonic() >= deadline or context.closing.is_set() or await request.is_disconnected():
                 break
-            await asyncio.sleep(context.poll_s)
+            await asyncio.sleep(settings.poll_s)
         return StreamingResponse(sample_chunks(samples, wanted), media_type=wanted)
 
     async def get_group(request: Request, group_id: Identity) -> Response:
@@ -173,7 +173,7 @@ def _status_operations(context: ServiceContext, guard: Guard) -> Sequence[Operat
     async def heartbeat(request: Request, actor_id: Identity) -> Response:
         """Keep an actor's heartbeat in place of its previous one."""
         media_type = sent_media_type(request)
-        raw = await read_body(request, max_bytes=limits.max_body_bytes)
+        raw = await read_body(request, max_bytes=settings.max_body_bytes)
         beat = parse(Heartbeat, decode(raw, media_type))
         await run_in_threadpool(context.presence.heartbeat, actor_id, beat)
         return Response(status_code=204)
@@ -181,7 +181,7 @@ def _status_operations(context: ServiceContext, guard: Guard) -> Sequence[Operat
     async def learner_metrics(request: Request) -> Response:
         """Keep the learner's report in place of its previous one."""
         media_type = sent_media_type(request)
-        raw = await read_body(request, max_bytes=limits.max_body_bytes)
+        raw = await read_body(request, max_bytes=settings.max_body_bytes)
         await run_in_threadpool(context.presence.report, parse(LearnerReport, decode(raw, media_type)))
         return Response(status_code=204)
 
@@ -194,7 +194,7 @@ def _status_operations(context: ServiceContext, guard: Guard) -> Sequence[Operat
         await run_in_threadpool(context.table.stats)
         return PlainTextResponse("ready")
 
-    limits = context.limits
+    settings = context.settings
     return (
         Operation(route="GET /v1/run", endpoint=run, answers={200: RunInfo}, problems=(406, 503)),
         Operation(route="GET /v1/stats", endpoint=stats, answers={200: ServiceStats}, problems=(406, 503)),
@@ -224,7 +224,7 @@ def _run_info(context: ServiceContext, guard: Guard) -> RunInfo:
         model_fingerprint=latest.model_fingerprint if latest else None,
         latest_version=latest.version if latest else -1,
         limits=Limits(
-            max_body_bytes=context.limits.max_body_bytes,
+            max_body_bytes=context.settings.max_body_bytes,
             max_group_bytes=context.table_settings.max_group_bytes,
             capacity_groups=context.table_settings.capacity_groups,
             capacity_bytes=context.table_settings.capacity_bytes,

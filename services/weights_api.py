@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path as FilePath
 from typing import Annotated
@@ -27,18 +26,18 @@ Version = Annotated[int, Path(ge=0)]
 
 def weight_operations(context: ServiceContext) -> Sequence[Operation]:
     """Return the weights operations of one service; `latest` precedes `{version}`."""
-    weights, limits, run_id = context.weights, context.limits, context.run_id
+    weights, settings, run_id = context.weights, context.settings, context.run_id
 
     async def put_blob(request: Request, sha256: BlobName) -> Response:
         """Store a payload under its sha256; storing it twice is harmless."""
-        chunks = upload_chunks(request, max_bytes=limits.max_blob_bytes)
+        chunks = upload_chunks(request, max_bytes=settings.max_blob_bytes)
         await run_in_threadpool(weights.put_blob, sha256, chunks)
         return Response(status_code=204)
 
     async def publish(request: Request, version: Version) -> Response:
         """Commit a version whose payloads are stored; the table's clock advances with it."""
         media_type = sent_media_type(request)
-        raw = await read_body(request, max_bytes=limits.max_body_bytes)
+        raw = await read_body(request, max_bytes=settings.max_body_bytes)
         manifest = parse(Manifest, decode(raw, media_type))
         if manifest.version != version:
             raise InvalidRequest(f"the path says version {version}, the manifest {manifest.version}")
@@ -55,14 +54,14 @@ def weight_operations(context: ServiceContext) -> Sequence[Operation]:
     ) -> Response:
         """Return the latest manifest once its version is above `after`; 204 when none came within `wait_s`."""
         media_type = wanted_media_type(request)
-        deadline = time.monotonic() + wait_s
+        deadline = context.monotonic() + wait_s
         while True:
             manifest = await run_in_threadpool(weights.latest, after=after)
             if manifest is not None:
                 return answer(manifest, media_type)
-            if time.monotonic() >= deadline or context.closing.is_set() or await request.is_disconnected():
+            if context.monotonic() >= deadline or context.closing.is_set() or await request.is_disconnected():
                 return Response(status_code=204)
-            await asyncio.sleep(context.poll_s)
+            await asyncio.sleep(settings.poll_s)
 
     async def manifest_of(request: Request, version: Version) -> Response:
         """Return one version's manifest."""

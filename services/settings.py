@@ -1,0 +1,197 @@
+"""All sections of settings in one record, and where they come from.
+
+Later wins: defaults, the TOML file of --config, the environment (STALEWISE_TABLE__CAPACITY_GROUPS=1000), --set
+table.capacity_groups=1000. Values outside TOML are TOML or JSON literals; bare words are strings. Unknown keys are
+errors.
+"""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, JsonValue, ValidationError
+
+from actor.settings import ActorSettings
+from buffer.connection import ClientSettings, ServiceClient
+from buffer.errors import InvalidSettings
+from buffer.rate_limiter import RateLimiterSettings
+from buffer.settings import Settings
+from buffer.table import TableSettings
+from buffer.types import Identifier
+from buffer.weights.directory_store import WeightStoreSettings
+from learner.settings import LearnerSettings
+from services.address import read_address
+from services.context import ServiceSettings
+
+PREFIX = "STALEWISE_"
+
+
+class RunSettings(Settings):
+    """One training run of one model."""
+
+    name: Identifier = "run"
+    """Run id, and the name of its directory below runs_dir."""
+    runs_dir: Path = Path("runs")
+    """Where the directories of runs are."""
+    model: Path = Path("models/running-sums")
+    """Local model directory: config, tokenizer and, for the learner, the initial weights."""
+    seed: int = 0
+    """Seed of every random generator of the run."""
+
+    @property
+    def directory(self) -> Path:
+        """The run's own directory."""
+        return self.runs_dir / self.name
+
+
+class DemoSettings(Settings):
+    """What `stalewise demo` starts beside one service and one learner."""
+
+    num_actors: Annotated[int, Field(ge=1)] = 2
+    """Actor processes; with the learner they keep two cores busy."""
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    """How often each process is started again when it dies; more deaths are a defect, not bad luck."""
+    start_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds for the service to listen; imports take a few seconds on a busy machine."""
+
+
+class RunConfig(Settings):
+    """Every setting of every process of a run."""
+
+    run: RunSettings = RunSettings()
+    """Which run."""
+    service: ServiceSettings = ServiceSettings()
+    """The replay service, and how to reach it."""
+    client: ClientSettings = ClientSettings()
+    """How long learner and actors bear with an absent service."""
+    table: TableSettings = TableSettings()
+    """The replay table."""
+    limiter: RateLimiterSettings = RateLimiterSettings()
+    """Pacing between actors and learner."""
+    weights: WeightStoreSettings = WeightStoreSettings()
+    """Published weights on the service's disk."""
+    learner: LearnerSettings = LearnerSettings()
+    """The learner."""
+    actor: ActorSettings = ActorSettings()
+    """Each actor."""
+    demo: DemoSettings = DemoSettings()
+    """The demo."""
+
+
+def load_config(
+    path: Path | None, *, overrides: Sequence[str] = (), environment: Mapping[str, str] | None = None
+) -> RunConfig:
+    """Return the resolved settings. Raises InvalidSettings with one sentence that names the key."""
+    tree = _read_toml(path) if path else {}
+    for name, text in sorted((environment or {}).items()):
+        if name.startswith(PREFIX):
+            _assign(tree, name.removeprefix(PREFIX).lower().split("__"), _literal(text, name), name)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise InvalidSettings(f"--set {override} is not key=value", hint="write for example --set table.ttl_s=60")
+        _assign(tree, key.strip().split("."), _literal(text, key), key)
+    _refuse_unknown(tree, source=path)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise InvalidSettings(_fault(error)) from None
+
+
+def describe(config: RunConfig) -> str:
+    """Return the resolved settings as lines of `section.field = value`; tokens are masked."""
+    return "\n".join(f"{key} = {json.dumps(value)}" for key, value in _leaves(config.model_dump(mode="json"), ()))
+
+
+def connect(config: RunConfig) -> ServiceClient:
+    """Return a client of the run's service: service.url, else where service.json says it is, else host and port."""
+    service = config.service
+    url = service.url or read_address(config.run.directory) or f"http://{service.host}:{service.port}"
+    return ServiceClient(url, token=service.token.get_secret_value() if service.token else None, settings=config.client)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidSettings(f"cannot read {path}: {error.strerror}", hint="give --config an existing file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidSettings(f"{path} is not TOML: {error}") from error
+
+
+def _literal(text: str, source: str) -> JsonValue:
+    """Return what a text outside TOML means: a TOML literal, a JSON literal, or the text itself if a bare word."""
+    try:
+        value: JsonValue = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            if text.lstrip().startswith(("[", "{", '"', "'")):
+                raise InvalidSettings(f"{source}: {text} is neither a TOML nor a JSON value: {error}") from None
+            value = text
+    return value
+
+
+def _assign(tree: dict[str, Any], keys: Sequence[str], value: JsonValue, source: str) -> None:
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise InvalidSettings(f"{source} goes below {key}, which is set to a plain value")
+    tree[keys[-1]] = value
+
+
+def _refuse_unknown(tree: Mapping[str, Any], *, source: Path | None) -> None:
+    """Raise InvalidSettings for a key that no section has, with the closest ones."""
+    known = dict(_known_keys(RunConfig, ()))
+    for key in _given_keys(tree, (), known):
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+            place = f" (in {source}, the environment or --set)" if source else ""
+            raise InvalidSettings(
+                f"unknown setting {key}{place}", hint=f"did you mean {' or '.join(close)}?" if close else ""
+            )
+
+
+def _known_keys(model: type[BaseModel], above: tuple[str, ...]) -> Iterator[tuple[str, bool]]:
+    """Yield each dotted key, and whether it is a section, whose keys are all known."""
+    for name, field in model.model_fields.items():
+        section = _section(field.annotation)
+        yield ".".join((*above, name)), section is not None
+        if section is not None:
+            yield from _known_keys(section, (*above, name))
+
+
+def _section(annotation: object) -> type[BaseModel] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _given_keys(tree: Mapping[str, Any], above: tuple[str, ...], known: Mapping[str, bool]) -> Iterator[str]:
+    """Yield the dotted keys that were given, down to the values that are not sections."""
+    for name, value in tree.items():
+        key = ".".join((*above, name))
+        yield key
+        if known.get(key, False) and isinstance(value, Mapping):
+            yield from _given_keys(value, (*above, name), known)
+
+
+def _fault(error: ValidationError) -> str:
+    """Return the first fault as a sentence that names the key; the value too, unless it may be a secret."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    key = ".".join(str(step) for step in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    shown = (
+        "" if first["type"] == "value_error" or "token" in key else f", got {json.dumps(first['input'], default=str)}"
+    )
+    return f"{key}: {message[0].lower()}{message[1:]}{shown}"
+
+
+def _leaves(tree: Mapping[str, Any], above: tuple[str, ...]) -> Iterable[tuple[str, JsonValue]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, (*above, name))
+        else:
+            yield ".".join((*above, name)), value
