@@ -194,7 +194,8 @@ class RedisTable:
         return answers
 
 
-_COUNTERS = tuple("bytes tokens foreign inserted sampled trajectories forgotten_ids wanted_fresh no_room".split())
+_COUNTERS = ["bytes", "tokens", "foreign", "inserted", "sampled", "trajectories"]
+_COUNTERS += ["forgotten_ids", "wanted_fresh", "no_room"]
 """Integer fields of the hash `stats`; see common.lua."""
 
 
