@@ -19,11 +19,32 @@ class TaskSettings(Settings):
     """Keyword arguments of the task, such as {num_digits = 16} or a reasoning-gym configuration."""
 
 
+class VllmSettings(Settings):
+    """How vLLM runs. Its own defaults, but for what is named here."""
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Precision of the weights in use; `auto` is the one in the model's config, which the learner publishes in."""
+    max_model_tokens: Annotated[int, Field(ge=2)] | None = None
+    """Longest prompt plus response, in tokens; null = the model's own limit. Less leaves more room for KV."""
+    max_sequences: Annotated[int, Field(ge=1)] = 256
+    """Sequences decoded side by side; further requests wait inside vLLM."""
+    memory_share: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of a GPU's memory that vLLM takes for weights and KV; without effect on a CPU."""
+    cpu_kv_gib: Annotated[int, Field(ge=1)] = 1
+    """KV cache of the CPU build, in GiB; enough for tiny models."""
+    tensor_parallel: Annotated[int, Field(ge=1)] = 1
+    """GPUs that one copy of the model is split over."""
+    compile: bool = False
+    """Whether vLLM compiles the model at start: faster tokens on a GPU for a minute or more of start-up."""
+
+
 class ActorSettings(Settings):
     """What one actor generates, and how long it bears with an absent service."""
 
     engine: EngineName = "torch"
-    """`torch` samples on one CPU thread; `vllm` needs the environment of constraints-vllm.txt."""
+    """`torch` samples on one CPU thread; `vllm` needs the environment that `make setup-vllm` builds."""
+    vllm: VllmSettings = VllmSettings()
+    """How vLLM runs; unused by the torch engine."""
     task: TaskSettings = TaskSettings()
     """Where prompts and rewards come from."""
     sampling: SamplingSettings = SamplingSettings(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)

@@ -11,23 +11,21 @@ vLLM labels every token with the version it was drawn under; a completion then h
 """
 
 import itertools
-import json
 import logging
 import os
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
 
 from actor.engine import Completion, GenerationRequest
+from actor.settings import VllmSettings
+from actor.tasks import eos_token_id
+from actor.turns import Turns
 from buffer.errors import CorruptWeights, InvalidRequest, InvalidSettings
-from buffer.settings import Settings
 from buffer.types import FinishReason, PolicyVersion, SamplingSettings, VersionSpan
 
 MIN_TEMPERATURE = 0.01
@@ -36,25 +34,6 @@ MAX_TOP_K = 64
 """Kept ids are read from each token's top log-probs, so their number bounds what is shipped per token."""
 TIES = 8
 """Log-probs asked beyond top_k: tokens tied at the threshold are kept as well."""
-
-
-class VllmSettings(Settings):
-    """How vLLM runs. Its own defaults, but for what is named here."""
-
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Precision of the weights in use; `auto` is the one in the model's config, which the learner publishes in."""
-    max_model_tokens: Annotated[int, Field(ge=2)] | None = None
-    """Longest prompt plus response, in tokens; null = the model's own limit. Less leaves more room for KV."""
-    max_sequences: Annotated[int, Field(ge=1)] = 256
-    """Sequences decoded side by side; further requests wait inside vLLM."""
-    memory_share: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """Share of a GPU's memory that vLLM takes for weights and KV; without effect on a CPU."""
-    cpu_kv_gib: Annotated[int, Field(ge=1)] = 1
-    """KV cache of the CPU build, in GiB; enough for tiny models."""
-    tensor_parallel: Annotated[int, Field(ge=1)] = 1
-    """GPUs that one copy of the model is split over."""
-    compile: bool = False
-    """Whether vLLM compiles the model at start: faster tokens on a GPU for a minute or more of start-up."""
 
 
 def check_sampling(sampling: SamplingSettings) -> None:
@@ -75,35 +54,35 @@ def check_sampling(sampling: SamplingSettings) -> None:
 class VllmEngine:
     """`actor.engine.Engine` on a vLLM engine core in this process.
 
-    Made from a directory with a model's config; its weights, if any, are not read: `load` brings them.
+    Made from a directory with a model's config and tokenizer; its weights, if any, are not read: `load` brings them.
     `seed` must differ from actor to actor, or all of them draw the same responses.
     """
 
-    def __init__(self, model: Path, settings: VllmSettings, *, sampling: SamplingSettings, seed: int) -> None:
+    def __init__(self, model_dir: Path, settings: VllmSettings, *, sampling: SamplingSettings, seed: int) -> None:
         """Start vLLM, which takes from seconds (CPU, tiny) to minutes (compiled).
 
         Raises InvalidSettings when vLLM is not installed, the model directory is none, or `sampling` is refused.
         """
         check_sampling(sampling)
-        if not (model / "config.json").is_file():
-            raise InvalidSettings(f"{model} is no model directory: it holds no config.json")
+        if not (model_dir / "config.json").is_file():
+            raise InvalidSettings(f"{model_dir} is no model directory: it holds no config.json")
         if find_spec("vllm") is None:
             raise InvalidSettings(
                 "vLLM is not installed in this environment",
                 hint="install the vLLM environment with `make setup-vllm`, then run"
                 " `.venv-vllm/bin/stalewise act --engine vllm`",
             )
-        self._engine = _start(model, settings, seed)
-        self._shapes = _tensor_shapes(model)
+        from transformers import AutoTokenizer
+
+        self._engine = _start(model_dir, settings, seed)
+        self._shapes = _tensor_shapes(model_dir)
         self._max_model_tokens: int = self._engine.model_config.max_model_len
         self._vocabulary: int = self._engine.model_config.get_vocab_size()
-        self._end_ids = _end_ids(model)
+        self._eos_id = eos_token_id(AutoTokenizer.from_pretrained(model_dir, local_files_only=True))
         self._version: PolicyVersion = -1
         self._ids = itertools.count()
         self._finished: dict[str, Any] = {}
-        # a loader holds the queue while it waits for the core: a generator that steps in a tight loop would starve it
-        self._queue = threading.Lock()
-        self._core = threading.Lock()
+        self._turns = Turns()
 
     @property
     def version(self) -> PolicyVersion:
@@ -124,7 +103,7 @@ class VllmEngine:
         Raises CorruptWeights when the file does not hold this model's tensors; the old ones then stay in use.
         """
         self._check_file(weights, version)
-        with self._turn():
+        with self._turns.take():
             self._version = -1
             missing = self._engine.collective_rpc(_load_weights, args=(str(weights),))
             if any(missing):
@@ -185,7 +164,7 @@ class VllmEngine:
             top_k=sampling.top_k,
             min_p=sampling.min_p,
             max_tokens=request.max_new_tokens,
-            stop_token_ids=self._end_ids,
+            stop_token_ids=[self._eos_id],
             logprobs=self._num_reported(sampling),
             flat_logprobs=True,
             detokenize=False,
@@ -229,27 +208,17 @@ class VllmEngine:
             counts.append(len(kept))
         return np.array(ids, np.int32), np.array(counts, np.int32)
 
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Wait for the running step to end, then own the engine core."""
-        with self._queue:
-            self._core.acquire()
-        try:
-            yield
-        finally:
-            self._core.release()
-
     def _run(self, requests: list[tuple[npt.NDArray[np.int32], Any]]) -> list[Any]:
         """Run requests to their end, one step a turn; threads that run at once share the steps."""
         from vllm.inputs import tokens_input
 
         ids: list[str] = []
-        with self._turn():
+        with self._turns.take():
             for prompt_ids, params in requests:
                 ids.append(str(next(self._ids)))
                 self._engine.add_request(ids[-1], tokens_input(prompt_ids.tolist()), params)
         while True:
-            with self._turn():
+            with self._turns.take():
                 if all(id_ in self._finished for id_ in ids):
                     return [self._finished.pop(id_) for id_ in ids]
                 if self._version < 0:
@@ -258,7 +227,7 @@ class VllmEngine:
                 self._finished |= {output.request_id: output for output in self._engine.step() if output.finished}
 
 
-def _start(model: Path, settings: VllmSettings, seed: int) -> Any:
+def _start(model_dir: Path, settings: VllmSettings, seed: int) -> Any:
     """Return vLLM's synchronous engine, its core in this process and its steps one at a time."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # else the core steps by itself, in another process
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -275,7 +244,7 @@ def _start(model: Path, settings: VllmSettings, seed: int) -> Any:
 
         torch.cpu._is_amx_tile_supported = lambda: False
     arguments = EngineArgs(
-        model=str(model),
+        model=str(model_dir),
         load_format="dummy",
         skip_tokenizer_init=True,
         generation_config="vllm",
@@ -294,23 +263,13 @@ def _start(model: Path, settings: VllmSettings, seed: int) -> Any:
     return LLMEngine.from_engine_args(arguments)
 
 
-def _end_ids(model: Path) -> list[int]:
-    """The tokens that end a response, from generation_config.json or, without it, from config.json."""
-    for name in ("generation_config.json", "config.json"):
-        path = model / name
-        ids = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-        if ids is not None:
-            return list(ids) if isinstance(ids, list) else [int(ids)]
-    return []
-
-
-def _tensor_shapes(model: Path) -> dict[str, tuple[int, ...]]:
+def _tensor_shapes(model_dir: Path) -> dict[str, tuple[int, ...]]:
     """Return the tensors that a checkpoint of this model must hold, tied ones once."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir, local_files_only=True))
     return {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
 
 

@@ -1,5 +1,6 @@
 """One vLLM engine per kind of output layer, two sets of weights for each, and transformers to compare with."""
 
+import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,10 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from actor.engine import Completion
-from actor.vllm_engine import VllmEngine, VllmSettings
+from actor.settings import VllmSettings
+from actor.vllm_engine import VllmEngine
 from tests.factories import UNTRUNCATED
 
 MAX_MODEL_TOKENS = 128
@@ -95,6 +99,9 @@ def make_policy(directory: Path, *, tied: bool, seed: int) -> PreTrainedModel:
             if name.endswith("bias"):
                 parameter.normal_(0, 0.5)
     policy.save_pretrained(directory)
+    vocabulary = {"<bos>": 0, "<eos>": END_ID} | {str(token_id): token_id for token_id in range(2, 48)}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<bos>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>").save_pretrained(directory)
     return policy
 
 
@@ -105,7 +112,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     directories = tuple(tmp_path_factory.mktemp(f"{request.param}_{seed}") for seed in (0, 1))
     policies = tuple(make_policy(d, tied=request.param == "tied", seed=seed) for seed, d in enumerate(directories))
     files = tuple(d / "model.safetensors" for d in directories)
-    model = tmp_path_factory.mktemp(f"{request.param}_config")
-    (model / "config.json").write_bytes((directories[0] / "config.json").read_bytes())
-    engine = VllmEngine(model, VllmSettings(dtype="float32"), sampling=UNTRUNCATED, seed=7)
+    without_weights = tmp_path_factory.mktemp(f"{request.param}_config")
+    shutil.copytree(directories[0], without_weights, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    engine = VllmEngine(without_weights, VllmSettings(dtype="float32"), sampling=UNTRUNCATED, seed=7)
     return Served(engine, (policies[0], policies[1]), (files[0], files[1]))

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from actor.vllm_engine import VllmEngine, VllmSettings, check_sampling
+from actor.settings import VllmSettings
+from actor.vllm_engine import VllmEngine, check_sampling
 from buffer.errors import InvalidSettings
 from buffer.types import SamplingSettings
 from tests.factories import UNTRUNCATED
