@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue
 
+from actor.vllm_engine import VllmSettings
 from buffer.settings import Settings
 from buffer.types import SamplingSettings
 
@@ -45,6 +46,8 @@ class ActorSettings(Settings):
     """`torch` samples on one CPU thread; `vllm` needs the environment that `make setup-vllm` builds."""
     vllm: VllmSettings = VllmSettings()
     """How vLLM runs; unused by the torch engine."""
+    vllm: VllmSettings = VllmSettings()
+    """The vLLM engine; read only with engine = "vllm"."""
     task: TaskSettings = TaskSettings()
     """Where prompts and rewards come from."""
     sampling: SamplingSettings = SamplingSettings(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)
@@ -61,8 +64,6 @@ class ActorSettings(Settings):
     """Length of one long poll for new weights, in seconds; below the usual proxy timeout of 30 s."""
     retry_s: Annotated[float, Field(gt=0)] = 0.5
     """First pause after a refusal or a lost connection, in seconds; doubled up to 16 times this, with jitter."""
-    connect_s: Annotated[float, Field(gt=0)] = 120.0
-    """Seconds to wait for the service at start before giving up; covers a compose file that starts all at once."""
     heartbeat_s: Annotated[float, Field(gt=0)] = 2.0
     """Seconds between heartbeats; the dashboard's resolution."""
     stall_s: Annotated[float, Field(gt=0)] = 30.0

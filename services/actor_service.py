@@ -1,0 +1,198 @@
+"""`stalewise act`: one actor process, from its settings to a clean end."""
+
+import hashlib
+import itertools
+import logging
+import random
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from actor.engine import Engine
+from actor.loop import ActorLoop
+from actor.rollout import Rollouts
+from actor.settings import ActorSettings
+from actor.spool import Spool, SpoolInUse
+from actor.status import Pulse, Status
+from actor.tasks import make_task
+from actor.weight_sync import WeightSync
+from buffer.client import HttpTable, HttpWeightStore, ServiceClient
+from buffer.errors import InvalidSettings, RunMismatch
+from buffer.fingerprint import model_fingerprint
+
+if TYPE_CHECKING:
+    from services.settings import RunConfig
+
+log = logging.getLogger(__name__)
+
+THREAD_END_S = 1.0
+"""A thread in a long poll is not waited for: it is a daemon and holds nothing that a kill could break."""
+
+
+def run_actor(config: "RunConfig", *, actor_id: str | None = None, engine: str | None = None) -> None:
+    """Generate until SIGTERM or SIGINT. `engine` overrides actor.engine; without `actor_id` a free one is taken.
+
+    Raises InvalidSettings, SpoolInUse, RunMismatch, ServiceUnreachable, and what ends the loop.
+    """
+    make_engine = _engine_maker(engine or config.actor.engine)
+    fingerprint = model_fingerprint(config.run.model)
+    _check_run(config, fingerprint)
+    actor_id, directory, spool = _claim(config, actor_id)
+    seeds = _seeds(config.run.seed, actor_id, _count_start(directory))
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    log.info("actor %s of run %s, %d groups in the spool", actor_id, config.run.name, spool.num_groups)
+    built = make_engine(config.actor, config.run.model, int(seeds.generate_state(1)[0]))
+    try:
+        _run(config, actor_id, built, fingerprint, directory, spool, np.random.default_rng(seeds.spawn(1)[0]), stop)
+    finally:
+        spool.close()
+
+
+def _run(
+    config: "RunConfig",
+    actor_id: str,
+    engine: Engine,
+    fingerprint: str,
+    directory: Path,
+    spool: Spool,
+    rng: np.random.Generator,
+    stop: threading.Event,
+) -> None:
+    """Wire the threads of one actor and run them to their end."""
+    settings = config.actor
+    client = _patient(config, retry_budget_s=0.0)  # the spool and the threads have their own patience
+    jitter = random.Random(int(rng.integers(1 << 32)))
+    status = Status(time.monotonic)
+    task = make_task(settings.task, AutoTokenizer.from_pretrained(config.run.model, local_files_only=True))
+    rollouts = Rollouts(engine=engine, task=task, settings=settings, run_id=config.run.name, rng=rng)
+    sync = WeightSync(
+        store=HttpWeightStore(client),
+        engine=engine,
+        run_id=config.run.name,
+        model_fingerprint=fingerprint,
+        directory=directory,
+        settings=settings,
+        stop=stop,
+        jitter=random.Random(jitter.random()),
+    )
+    pulse = Pulse(
+        status=status,
+        version=lambda: engine.version,
+        monitor=client,
+        actor_id=actor_id,
+        heartbeat_s=settings.heartbeat_s,
+        stall_s=settings.stall_s,
+        stop=stop,
+    )
+    loop = ActorLoop(
+        rollouts=rollouts,
+        inbox=HttpTable(client),
+        spool=spool,
+        sync=sync,
+        status=status,
+        settings=settings,
+        stop=stop,
+        now=time.monotonic,
+        jitter=jitter,
+    )
+    sync.start()
+    pulse.start()
+    try:
+        loop.run()
+    finally:
+        stop.set()
+        sync.join(THREAD_END_S)
+        pulse.join(THREAD_END_S)
+        client.close()
+        log.info("actor %s ended: %s", actor_id, dict(status.outcomes))
+
+
+def _torch_engine(settings: ActorSettings, model_dir: Path, seed: int) -> Engine:
+    from actor.torch_engine import TorchEngine
+
+    return TorchEngine(model_dir, seed=seed)
+
+
+def _vllm_engine(settings: ActorSettings, model_dir: Path, seed: int) -> Engine:
+    from actor.vllm_engine import VllmEngine
+
+    return VllmEngine(model_dir, settings.vllm, sampling=settings.sampling, seed=seed)
+
+
+_ENGINES: dict[str, Callable[[ActorSettings, Path, int], Engine]] = {"torch": _torch_engine, "vllm": _vllm_engine}
+"""Each imports its framework only when it is chosen."""
+
+
+def _engine_maker(name: str) -> Callable[[ActorSettings, Path, int], Engine]:
+    if name not in _ENGINES:
+        raise InvalidSettings(f"engine {name!r} is unknown", hint=f"choose one of {', '.join(_ENGINES)}")
+    return _ENGINES[name]
+
+
+def _patient(config: "RunConfig", *, retry_budget_s: float) -> ServiceClient:
+    from services.settings import connect
+
+    client = config.client.model_copy(update={"retry_budget_s": retry_budget_s})
+    return connect(config.model_copy(update={"client": client}))
+
+
+def _check_run(config: "RunConfig", fingerprint: str) -> None:
+    """Wait for the service and compare whom we are talking to. Raises RunMismatch."""
+    client = _patient(config, retry_budget_s=config.client.retry_budget_s)
+    try:
+        info = client.run_info()
+    finally:
+        client.close()
+    if info.run_id != config.run.name:
+        raise RunMismatch(
+            f"{client.url} serves run {info.run_id}, this actor is set to run {config.run.name}",
+            hint="set run.name or service.url",
+        )
+    if info.model_fingerprint not in (None, fingerprint):
+        raise RunMismatch(
+            f"run {info.run_id} trains the model {str(info.model_fingerprint)[:12]}, {config.run.model} is"
+            f" {fingerprint[:12]}",
+            hint="set run.model to a copy of the learner's model directory: config and tokenizer must be the same",
+        )
+
+
+def _claim(config: "RunConfig", actor_id: str | None) -> tuple[str, Path, Spool]:
+    """Take the directory and the spool of an actor id; without one, of the first free <host>-<number>."""
+    if actor_id is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", actor_id):
+        raise InvalidSettings(f"actor id {actor_id!r} is not a plain name", hint="use letters, digits, '.', '_', '-'")
+    host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())[:48].lstrip(".-") or "actor"
+    for number in itertools.count():
+        chosen = actor_id or f"{host}-{number}"
+        directory = config.run.directory / "actors" / chosen
+        try:
+            return chosen, directory, Spool(directory / "spool", max_bytes=config.actor.spool_bytes)
+        except SpoolInUse:
+            if actor_id is not None:
+                raise
+    raise AssertionError("itertools.count ended")
+
+
+def _count_start(directory: Path) -> int:
+    """Return how often this actor was started before: a restart must not draw the same responses again."""
+    path = directory / "starts"
+    starts = int(path.read_text()) if path.is_file() else 0
+    partial = path.with_suffix(".partial")
+    partial.write_text(str(starts + 1))
+    partial.replace(path)
+    return starts
+
+
+def _seeds(run_seed: int, actor_id: str, starts: int) -> np.random.SeedSequence:
+    """Return seeds of this actor's own, the same for the same run seed, id and number of starts."""
+    name = int.from_bytes(hashlib.sha256(actor_id.encode()).digest()[:8], "big")
+    return np.random.SeedSequence([abs(run_seed), name, starts])
