@@ -4,7 +4,6 @@ from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue
 
-from actor.vllm_engine import VllmSettings
 from buffer.settings import Settings
 from buffer.types import SamplingSettings
 
@@ -46,8 +45,6 @@ class ActorSettings(Settings):
     """`torch` samples on one CPU thread; `vllm` needs the environment that `make setup-vllm` builds."""
     vllm: VllmSettings = VllmSettings()
     """How vLLM runs; unused by the torch engine."""
-    vllm: VllmSettings = VllmSettings()
-    """The vLLM engine; read only with engine = "vllm"."""
     task: TaskSettings = TaskSettings()
     """Where prompts and rewards come from."""
     sampling: SamplingSettings = SamplingSettings(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)

@@ -70,7 +70,7 @@ def _run(
 ) -> None:
     """Wire the threads of one actor and run them to their end."""
     settings = config.actor
-    client = _patient(config, retry_budget_s=0.0)  # the spool and the threads have their own patience
+    client = _client(config, retry_budget_s=0.0)  # the spool and the threads have their own patience
     jitter = random.Random(int(rng.integers(1 << 32)))
     status = Status(time.monotonic)
     task = make_task(settings.task, AutoTokenizer.from_pretrained(config.run.model, local_files_only=True))
@@ -139,7 +139,7 @@ def _engine_maker(name: str) -> Callable[[ActorSettings, Path, int], Engine]:
     return _ENGINES[name]
 
 
-def _patient(config: "RunConfig", *, retry_budget_s: float) -> ServiceClient:
+def _client(config: "RunConfig", *, retry_budget_s: float) -> ServiceClient:
     from services.settings import connect
 
     client = config.client.model_copy(update={"retry_budget_s": retry_budget_s})
@@ -148,7 +148,7 @@ def _patient(config: "RunConfig", *, retry_budget_s: float) -> ServiceClient:
 
 def _check_run(config: "RunConfig", fingerprint: str) -> None:
     """Wait for the service and compare whom we are talking to. Raises RunMismatch."""
-    client = _patient(config, retry_budget_s=config.client.retry_budget_s)
+    client = _client(config, retry_budget_s=config.client.retry_budget_s)
     try:
         info = client.run_info()
     finally:
