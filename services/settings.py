@@ -18,6 +18,7 @@ from actor.settings import ActorSettings
 from buffer.connection import ClientSettings, ServiceClient
 from buffer.errors import InvalidSettings
 from buffer.rate_limiter import RateLimiterSettings
+from buffer.redis_server import RedisSettings
 from buffer.settings import Settings
 from buffer.table import TableSettings
 from buffer.types import Identifier
@@ -67,6 +68,8 @@ class RunConfig(Settings):
     """The replay service, and how to reach it."""
     client: ClientSettings = ClientSettings()
     """How long learner and actors bear with an absent service."""
+    redis: RedisSettings = RedisSettings()
+    """What Redis promises."""
     table: TableSettings = TableSettings()
     """The replay table."""
     limiter: RateLimiterSettings = RateLimiterSettings()

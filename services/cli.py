@@ -1,0 +1,132 @@
+"""The command line: every command resolves the settings, then imports and calls one service module."""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from buffer.errors import StalewiseError
+from services.settings import RunConfig, connect, describe, load_config
+
+app = typer.Typer(
+    name="stalewise",
+    help="Asynchronous off-policy RL for language models, around one durable replay buffer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Config = Annotated[Path | None, typer.Option("--config", help="TOML file of settings, such as recipes/demo.toml.")]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override one setting; may be repeated.")
+]
+
+
+def main() -> None:
+    """Run a command; an error that a user can meet is one sentence on stderr and its exit code."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # one line a request is too many
+    try:
+        app()
+    except StalewiseError as error:
+        print(f"stalewise: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+@app.command()
+def serve(config: Config = None, overrides: Overrides = []) -> None:  # noqa: B006  typer never changes it
+    """Serve a run's replay buffer and weights."""
+    settings = _load(config, overrides)
+    from services.serve import run_service
+
+    run_service(settings)
+
+
+@app.command()
+def learn(
+    config: Config = None,
+    overrides: Overrides = [],  # noqa: B006
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint, if there is one.")
+    ] = False,
+) -> None:
+    """Train on what the buffer hands out, and publish versions."""
+    settings = _load(config, overrides)
+    from services.learner_service import run_learner
+
+    run_learner(settings, resume=resume)
+
+
+@app.command()
+def act(
+    config: Config = None,
+    overrides: Overrides = [],  # noqa: B006
+    actor_id: Annotated[
+        str | None, typer.Option("--actor-id", help="Name of this actor; default: host and pid.")
+    ] = None,
+    engine: Annotated[str | None, typer.Option("--engine", help="torch or vllm; overrides actor.engine.")] = None,
+) -> None:
+    """Generate groups with the newest weights and submit them."""
+    settings = _load(config, overrides)
+    from services.actor_service import run_actor
+
+    run_actor(settings, actor_id=actor_id, engine=engine)
+
+
+@app.command()
+def demo(
+    config: Config = Path("recipes/demo.toml"),
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Run service, learner and actors as separate processes, and report what was learned."""
+    settings = _load(config, overrides)
+    from services.demo import run_demo
+
+    run_demo(settings, arguments=_arguments(config, overrides))
+
+
+@app.command()
+def stats(
+    config: Config = None,
+    overrides: Overrides = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and end.")] = False,
+) -> None:
+    """Show the live numbers of a running service until Ctrl-C."""
+    settings = _load(config, overrides)
+    if as_json:
+        print(json.dumps(connect(settings).stats(), indent=2))
+        return
+    from rich.console import Console
+
+    from services.live_stats import show_stats
+
+    show_stats(
+        connect(settings),
+        title=settings.run.name,
+        total_updates=settings.learner.total_updates,
+        console=Console(),
+    )
+
+
+@app.command("settings")
+def show_settings(config: Config = None, overrides: Overrides = []) -> None:  # noqa: B006
+    """Print the resolved settings and end."""
+    print(describe(_load(config, overrides)))
+
+
+def _load(config: Path | None, overrides: list[str]) -> RunConfig:
+    return load_config(config, overrides=overrides, environment=os.environ)
+
+
+def _arguments(config: Path | None, overrides: list[str]) -> list[str]:
+    """Return the options that give a child process the same settings."""
+    given = [part for override in overrides for part in ("--set", override)]
+    return (["--config", str(config)] if config else []) + given
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""`stalewise stats`: the live numbers of a running service in the terminal."""
+
+import time
+
+from rich.console import Console
+from rich.live import Live
+
+from buffer.client import ServiceClient
+from services.progress import Snapshot, screen
+
+POLL_S = 1.0
+_HISTORY = 60
+
+
+def show_stats(client: ServiceClient, *, title: str, total_updates: int, console: Console) -> None:
+    """Redraw the numbers every second until Ctrl-C. Raises ServiceUnreachable when the service goes away."""
+    started_s = time.monotonic()
+    history: list[Snapshot] = []
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            history = [*history, Snapshot.from_stats(client.stats(), seconds=time.monotonic() - started_s)][-_HISTORY:]
+            live.update(screen(history, title=title, total_updates=total_updates, events=()), refresh=True)
+            time.sleep(POLL_S)

@@ -1,0 +1,216 @@
+"""`stalewise serve`: one process that owns a run's buffer and weights, from start to a clean drain.
+
+| waits for | produces | unblocked by | on shutdown |
+|---|---|---|---|
+| requests | answers | callers | stop listening, end waiting requests with nothing, finish the others, stop Redis |
+"""
+
+import asyncio
+import errno
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+
+import redis
+import uvicorn
+from fastapi import FastAPI
+
+from buffer.errors import InvalidSettings, StoreUnavailable
+from buffer.redis_server import check_promises, connect, redis_server
+from buffer.redis_table import RedisTable
+from buffer.weights.directory_store import DirectoryWeightStore
+from services.address import remove_address, write_address
+from services.context import ServiceContext
+from services.presence import Presence, RedisBoard
+from services.replay_api import create_app
+from services.security import Guard, check_bind
+from services.settings import RunConfig, describe
+
+log = logging.getLogger(__name__)
+
+_KEEP_ALIVE_S = 75
+"""Longer than any client keeps an idle connection, so that the client closes it and no request meets a closed one."""
+_REDIS_CHECK_S = 1.0
+_REDIS_DEAD_AFTER = 3
+"""Failed checks in a row after which our own Redis is dead; a supervisor then starts service and Redis anew."""
+
+
+def run_service(config: RunConfig) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Raises InvalidSettings (a port in use, no token on an open bind, a Redis that promises too little) and
+    StoreUnavailable (Redis does not answer, or our own one died).
+    """
+    service, directory = config.service, config.run.directory
+    check_bind(service.host, service.tokens)
+    log.info("settings\n%s", describe(config))
+    with ExitStack() as stack:
+        listener = stack.enter_context(_listener(service.host, service.port))
+        directory.mkdir(parents=True, exist_ok=True)
+        redis_url = service.redis_url or stack.enter_context(redis_server(directory / "redis", config.redis))
+        client = stack.enter_context(connect(redis_url))
+        context = _context(config, client)
+        server = _Server(
+            create_app(context, Guard(service.tokens)),
+            drain_s=service.drain_s,
+            closing=context.closing,
+            redis_client=client if service.redis_url is None else None,
+        )
+        url = _url(listener)
+        with server.stopped_by_signals():
+            server.run_on(listener, on_listening=lambda: _announce(directory, url))
+        remove_address(directory)
+        server.raise_failure()
+    log.info("the service has ended")
+
+
+def _context(config: RunConfig, client: redis.Redis) -> ServiceContext:
+    run_id = config.run.name
+    promises = check_promises(client, config.redis)
+    table = RedisTable(client, config.table, config.limiter, run_id)
+    weights = DirectoryWeightStore(config.run.directory / "weights", settings=config.weights)
+    latest = weights.latest()
+    if latest is not None:
+        if latest.run_id != run_id:
+            raise InvalidSettings(
+                f"{config.run.directory} holds weights of run {latest.run_id}, not {run_id}",
+                hint="set run.name or run.runs_dir",
+            )
+        table.advance_version(latest.version)  # a service that died between manifest and table
+    return ServiceContext(
+        run_id=run_id,
+        settings=config.service,
+        table=table,
+        table_settings=config.table,
+        limiter_settings=config.limiter,
+        weights=weights,
+        presence=Presence(RedisBoard(client, key=f"sw:{{{run_id}:0}}:presence")),
+        promises=lambda: promises,
+    )
+
+
+class _Uvicorn(uvicorn.Server):
+    """Uvicorn without its signal handlers, which would kill the process after the drain."""
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Leave the signals to _Server."""
+        yield
+
+
+class _Server:
+    """Uvicorn with our signals: it drains, says so to requests that wait, and returns to its caller."""
+
+    def __init__(
+        self, app: FastAPI, *, drain_s: float, closing: threading.Event, redis_client: "redis.Redis | None"
+    ) -> None:
+        self._uvicorn = _Uvicorn(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=_KEEP_ALIVE_S,
+                timeout_graceful_shutdown=round(drain_s),
+            )
+        )
+        self._closing = closing
+        self._redis = redis_client
+        self._failure: StoreUnavailable | None = None
+
+    def run_on(self, listener: socket.socket, *, on_listening: Callable[[], None]) -> None:
+        """Serve on a bound socket until told to stop; `on_listening` is called once requests are answered."""
+        asyncio.run(self._serve(listener, on_listening))
+
+    def raise_failure(self) -> None:
+        """Raise what ended the service, if not a signal."""
+        if self._failure is not None:
+            raise self._failure
+
+    @contextmanager
+    def stopped_by_signals(self) -> Iterator[None]:
+        """Drain at SIGTERM or SIGINT within this block; drop running requests at the second one."""
+        before = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self._uvicorn.force_exit = self._closing.is_set()
+        self._closing.set()
+        self._uvicorn.should_exit = True
+
+    async def _serve(self, listener: socket.socket, on_listening: Callable[[], None]) -> None:
+        serving = asyncio.create_task(self._uvicorn.serve([listener]))
+        while not self._uvicorn.started:
+            if serving.done():
+                return await serving  # it raises what went wrong
+            await asyncio.sleep(0.01)
+        on_listening()
+        watching = asyncio.create_task(self._watch_redis())
+        try:
+            await serving
+        finally:
+            watching.cancel()
+
+    async def _watch_redis(self) -> None:
+        """End the service when our own Redis has died: nobody else would start it again."""
+        failures = 0
+        while self._redis is not None:
+            await asyncio.sleep(_REDIS_CHECK_S)
+            try:
+                await asyncio.to_thread(self._redis.ping)
+                failures = 0
+            except redis.exceptions.TimeoutError:
+                continue  # busy is not dead
+            except redis.exceptions.ConnectionError as error:
+                failures += 1
+                if failures == _REDIS_DEAD_AFTER:
+                    self._failure = StoreUnavailable(f"our own Redis has died: {error}", hint="start the service again")
+                    self._closing.set()
+                    self._uvicorn.should_exit = True
+                    return
+
+
+def _announce(directory: Path, url: str) -> None:
+    write_address(directory, url)
+    log.info("serving on %s", url)
+
+
+@contextmanager
+def _listener(host: str, port: int) -> Iterator[socket.socket]:
+    """Yield a bound socket. Raises InvalidSettings when the address cannot be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise InvalidSettings(
+            f"service.host={host}: {error.strerror}", hint="give an address of this machine"
+        ) from error
+    with listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+            listener.listen(2048)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise InvalidSettings(
+                    f"port {port} of {host} is in use",
+                    hint="stop what uses it, or set service.port to another one; 0 takes a free one",
+                ) from error
+            raise InvalidSettings(f"cannot listen on port {port} of {host}: {error.strerror}") from error
+        yield listener
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
