@@ -85,8 +85,9 @@ class Checkpoints:
             if state.reference_id is not None:
                 reference = safetensors.torch.load_file(checkpoint / "reference.safetensors")
         except (OSError, ValidationError, SafetensorError) as error:
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
             raise CorruptCheckpoint(
-                f"{checkpoint} cannot be read: {error}", hint="delete it to resume from the one before"
+                f"{checkpoint} cannot be read: {reason}", hint="delete it to resume from the one before"
             ) from error
         if state.model_fingerprint != self._model_fingerprint:
             raise RunMismatch(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Protocol
 
-from buffer.errors import InvalidSettings
+from buffer.errors import InvalidSettings, ServiceUnreachable, StoreUnavailable
 from buffer.table import Wait
 from buffer.types import Sample
 from learner.admission import Admission
@@ -56,11 +56,11 @@ def take_up(trainer: Trainer, checkpoints: Checkpoints, publisher: Publisher, *,
                 hint="go on with --resume, or give the run another name",
             )
         return
-    if newest is None:
-        log.warning("no checkpoint yet: resuming from the initial weights")
-    else:
+    if newest is not None:
         checkpoints.restore(newest, trainer)
         log.info("resumed from %s", newest)
+    elif latest is not None:
+        log.warning("version %d is published but there is no checkpoint: starting from the initial weights", latest)
     if latest is not None and latest >= trainer.progress.clock:
         trainer.progress = replace(trainer.progress, clock=latest + 1)
 
@@ -97,19 +97,25 @@ class LearnerLoop:
     def run(self) -> None:
         """Publish the weights at hand, train, and leave with everything published and saved.
 
-        Raises what sampling, an update or publishing raises; weights that fail are neither published nor saved.
+        Raises what sampling, an update or publishing raises. A service that stays away is preceded by a checkpoint;
+        after a failed update nothing is published or saved.
         """
-        self._publish()
+        try:
+            self._publish()
+            self._train()
+            self._publish()
+        except (ServiceUnreachable, StoreUnavailable):
+            self._save()  # the weights are good: a service that is away must not cost the work since the last one
+            raise
+        self._save()
+
+    def _train(self) -> None:
         with self._prefetcher:
             began_s = self._now()
             while not self._done() and (samples := self._next_batch(began_s)):
                 self._update(samples, waited_s=self._now() - began_s)
                 began_s = self._now()
         log.info("%s after %d updates", "done" if self._done() else "told to stop", self._trainer.progress.updates)
-        try:
-            self._publish()
-        finally:  # a service that is away must not cost the work since the last checkpoint
-            self._save()
 
     def _done(self) -> bool:
         return self._trainer.progress.updates >= self._settings.total_updates
@@ -121,7 +127,7 @@ class LearnerLoop:
         """
         next_report_s = SILENT_WAIT_S
         while not self._stop.is_set():
-            drawn = self._prefetcher.take(timeout_s=POLL_S)
+            drawn = self._take()
             if drawn is not None and (admitted := self._admit(drawn)):
                 return admitted
             waited_s = self._now() - began_s
@@ -129,6 +135,14 @@ class LearnerLoop:
                 self._report_wait(waited_s)
                 next_report_s = (waited_s // self._settings.stall_s + 1) * self._settings.stall_s
         return []
+
+    def _take(self) -> list[Sample] | None:
+        try:
+            return self._prefetcher.take(timeout_s=POLL_S)
+        except (ServiceUnreachable, StoreUnavailable):
+            if self._stop.is_set():
+                return None  # the stop ended the retries
+            raise
 
     def _admit(self, drawn: list[Sample]) -> list[Sample]:
         admitted, refused, sentences = self._admission.split(drawn, clock=self._trainer.progress.clock)

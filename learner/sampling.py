@@ -115,13 +115,14 @@ class Prefetcher:
 
     def _draw(self, request_id: str, selector: Selector) -> list[Sample]:
         """Ask until the table hands out a batch; [] when the context was left meanwhile."""
+        # one request for all attempts: a draw whose answer was lost is given again, and only to the same request
+        request = SampleRequest(
+            num_groups=self._settings.groups_per_update,
+            learner_version=self._clock(),
+            request_id=request_id,
+            selector=selector,
+        )
         while not self._left.is_set():
-            request = SampleRequest(
-                num_groups=self._settings.groups_per_update,
-                learner_version=self._clock(),
-                request_id=request_id,
-                selector=selector,
-            )
             if batch := self._draw_batch(request):
                 return batch
             self._why_empty = _why_empty(self._stats())

@@ -57,8 +57,6 @@ class LearnerSettings(Settings):
     """Seconds that the service may hold one request for a batch; short, because a shutdown waits for it."""
     stall_s: Annotated[float, Field(gt=0)] = 30.0
     """Seconds without a batch after which the learner warns, and again after each further such time."""
-    service_patience_s: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds for which an unreachable service is retried before the learner gives up; covers a restart by hand."""
     publish_every: Annotated[int, Field(ge=1)] = 1
     """Updates between published versions. 1 keeps the actors as fresh as the buffer allows."""
     publish_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -66,7 +66,7 @@ class Trainer:
         """
         started_s = self._now()
         forward = self.policy.forward(batch, self.objective.columns - REFERENCE_COLUMNS)
-        tokens = self._tokens(batch, forward)
+        tokens = self.tokens(batch, forward)
         loss = self.objective(tokens, self.multipliers)
         forward_s = self._now()
         self.optimizer.zero_grad()
@@ -83,6 +83,8 @@ class Trainer:
         return {
             **diagnoses,
             **batch_metrics(batch),
+            "loss/total": loss.total.item(),
+            **{f"loss/{name}": part.item() for name, part in loss.parts.items()},
             **{f"multiplier/{name}": value for name, value in used.items()},
             "gradient/norm": gradient_norm,
             "optimizer/lr": lr,
@@ -102,7 +104,8 @@ class Trainer:
         self.progress = progress
         self.multipliers = multipliers
 
-    def _tokens(self, batch: Batch, forward: Forward) -> Tokens:
+    def tokens(self, batch: Batch, forward: Forward) -> Tokens:
+        """Join the data, the scores and the reference columns to the record that the objective reads."""
         device = forward.scores.logprobs.device
         columns = dict(forward.scores.columns)
         if self.reference is not None:

@@ -1,0 +1,44 @@
+"""A weight store in a dictionary, with real behaviour."""
+
+from collections.abc import Callable, Iterable
+
+from buffer.errors import Conflict, NotFound
+from buffer.types import PolicyVersion
+from buffer.weights.manifest import Manifest
+
+
+class ListedStore:
+    """Keeps everything, lists what happened in order, and tells `published` of each new version."""
+
+    def __init__(self, published: Callable[[PolicyVersion], None] = lambda version: None) -> None:
+        self.events: list[str] = []
+        self.manifests: dict[PolicyVersion, Manifest] = {}
+        self._blobs: dict[str, bytes] = {}
+        self._published = published
+
+    def put_blob(self, sha256: str, chunks: Iterable[bytes]) -> None:
+        self._blobs[sha256] = b"".join(chunks)
+        self.events.append(f"blob {sha256}")
+
+    def publish(self, manifest: Manifest) -> None:
+        if manifest.version <= max(self.manifests, default=-1):
+            raise Conflict(f"version {manifest.version} is not above the latest one")
+        if any(payload.sha256 not in self._blobs for payload in manifest.payloads):
+            raise NotFound("a blob is missing")
+        self.manifests[manifest.version] = manifest
+        self.events.append(f"manifest {manifest.version}")
+        self._published(manifest.version)
+
+    def latest(self, *, after: PolicyVersion = -1, wait_s: float = 0.0) -> Manifest | None:
+        newest = max(self.manifests, default=-1)
+        return self.manifests[newest] if newest > after else None
+
+    def manifest(self, version: PolicyVersion) -> Manifest:
+        if version not in self.manifests:
+            raise NotFound(f"there is no version {version}")
+        return self.manifests[version]
+
+    def blob(self, sha256: str) -> Iterable[bytes]:
+        if sha256 not in self._blobs:
+            raise NotFound(f"there is no blob {sha256}")
+        return [self._blobs[sha256]]
