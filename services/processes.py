@@ -87,12 +87,17 @@ class Supervisor:
             how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
             if child.restarts >= self.max_restarts:
                 raise ChildFailed(
-                    f"{child.name} {how}, {child.restarts} restarts were used up; its last lines:\n{child.last_words()}",
+                    f"{child.name} {how} after {child.restarts} restarts; its last lines:\n{child.last_words()}",
                     hint=f"see {child.log_path}",
                 )
             child.restarts += 1
-            self.events.append(f"{child.name} {how}: started again ({child.restarts} of {self.max_restarts})")
+            self.note(f"{child.name} {how}: started again ({child.restarts} of {self.max_restarts})")
             child.start()
+
+    def note(self, event: str) -> None:
+        """Remember something that the screen should say; the same twice in a row counts once."""
+        if not self.events or self.events[-1] != event:
+            self.events.append(event)
 
     def stop(self) -> None:
         """Stop all children, last started first."""

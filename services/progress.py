@@ -22,6 +22,8 @@ class Snapshot:
     rollouts: int
     """Train trajectories ever accepted."""
     stored_groups: int
+    reuse_mean: float
+    """Times a group was handed out, on average over the groups that were handed out at all."""
     metrics: Mapping[str, float]
     """The learner's last posted metrics."""
     waits: Sequence[str]
@@ -40,11 +42,18 @@ class Snapshot:
             version=table["latest_version"],
             rollouts=table["num_trajectories_total"],
             stored_groups=table["num_groups"],
+            reuse_mean=_reuse_mean(table),
             metrics=learner.get("metrics", {}),
             waits=[f"{wait['who']} for {wait['since_s']:.0f} s: {wait['reason']}" for wait in table["waits"]],
             actors=[f"{actor['actor_id']} v{actor['version']} {actor['state']}" for actor in stats["actors"]],
             outcomes=table["outcomes"],
         )
+
+
+def _reuse_mean(table: Mapping[str, Any]) -> float:
+    removed_unsampled = sum(count for reason, count in table["removed"].items() if reason.endswith("_unsampled"))
+    used = table["inserted_total"] - table["num_fresh"] - removed_unsampled
+    return table["sampled_total"] / used if used else 0.0
 
 
 def rate(history: Sequence[Snapshot], field: str, *, window_s: float = 5.0) -> float:
@@ -70,7 +79,7 @@ def screen(history: Sequence[Snapshot], *, title: str, total_updates: int, event
             "updates/s",
             f"{rate(history, 'updates'):.1f}",
         ),
-        ("reuse", f"{metric.get('reuse/times_mean', 0):.2f} times", "rollouts/s", f"{rate(history, 'rollouts'):.0f}"),
+        ("reuse", f"{now.reuse_mean:.2f} times", "rollouts/s", f"{rate(history, 'rollouts'):.0f}"),
         ("weight version", str(now.version), "rollouts", f"{now.rollouts:,} ({now.stored_groups} groups stored)"),
         ("waits", "; ".join(now.waits) or "nobody", "actors", ", ".join(now.actors) or "starting"),
     )

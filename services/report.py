@@ -5,15 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
+from matplotlib.figure import Figure
 from pydantic import BaseModel
 from rich.table import Table
 
 from buffer.errors import StalewiseError
 from services.progress import Snapshot
-
-mpl.use("Agg")  # a run has no screen
-from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen before pyplot is imported)
 
 
 class NothingTrained(StalewiseError):
@@ -35,10 +32,11 @@ class Summary(BaseModel):
     """Train trajectories accepted."""
     updates: int
     age_updates_p50: float
-    """Median over all trained groups of their age when they were consumed, in learner updates."""
+    """Median age of a batch when it was consumed, in learner updates; the median over all updates."""
     age_updates_p90: float
+    """The 90th percentile of a batch's ages; the median over all updates."""
     reuse_mean: float
-    """Times a trained group was handed out, on average over the groups that were trained on."""
+    """Times a group was handed out, on average over the groups that were handed out at all."""
     rollouts_per_s: float
     updates_per_s: float
     restarts: int
@@ -56,23 +54,13 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return records
 
 
-def weighted_quantile(counts: Mapping[int, int], share: float) -> float:
-    """Return the smallest key that reaches `share` of the total count."""
-    total, seen = sum(counts.values()), 0
-    for value in sorted(counts):
-        seen += counts[value]
-        if seen >= share * total:
-            return float(value)
-    raise ValueError("a quantile of nothing")
-
-
 def result_table(summary: Summary) -> Table:
     """Render the summary for the terminal and for table.txt."""
     table = Table(title=summary.run_id, show_header=False)
     rows = {
         "accuracy before": f"{summary.accuracy_before:.1%} of {summary.held_out_prompts} held-out prompts",
         "accuracy after": f"{summary.accuracy_after:.1%}",
-        "age of the trained data": f"{summary.age_updates_p50:.0f} updates (median), {summary.age_updates_p90:.0f} (p90)",
+        "age of trained data": f"{summary.age_updates_p50:.0f} updates (median), {summary.age_updates_p90:.0f} (p90)",
         "reuse": f"{summary.reuse_mean:.2f} times",
         "updates": f"{summary.updates} ({summary.updates_per_s:.1f}/s)",
         "rollouts": f"{summary.rollouts:,} ({summary.rollouts_per_s:.0f}/s)",
@@ -87,7 +75,8 @@ def result_table(summary: Summary) -> Table:
 
 def plot(path: Path, metrics: Sequence[Mapping[str, float]], history: Sequence[Snapshot], summary: Summary) -> None:
     """Draw reward and age by update, and the rates by second."""
-    figure, (reward, age, rates) = plt.subplots(3, 1, figsize=(8, 9), layout="constrained")
+    figure = Figure(figsize=(8, 9), layout="constrained")
+    reward, age, rates = figure.subplots(3, 1)
     updates = [record["updates"] for record in metrics]
     reward.plot(updates, [record["reward/mean"] for record in metrics], linewidth=0.8, label="reward of trained data")
     ends = (summary.accuracy_before, summary.accuracy_after)
@@ -106,4 +95,3 @@ def plot(path: Path, metrics: Sequence[Mapping[str, float]], history: Sequence[S
     twin.set(ylabel="learner updates")
     rates.legend(handles=[*rates.lines, *twin.lines], loc="lower right")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
