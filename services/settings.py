@@ -7,6 +7,7 @@ errors.
 
 import difflib
 import json
+import threading
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -109,11 +110,15 @@ def describe(config: RunConfig) -> str:
     return "\n".join(f"{key} = {json.dumps(value)}" for key, value in _leaves(config.model_dump(mode="json"), ()))
 
 
-def connect(config: RunConfig) -> ServiceClient:
-    """Return a client of the run's service: service.url, else where service.json says it is, else host and port."""
+def connect(config: RunConfig, *, stopping: threading.Event | None = None) -> ServiceClient:
+    """Return a client of the run's service: service.url, else where service.json says it is, else host and port.
+
+    `stopping` ends its retries.
+    """
     service = config.service
     url = service.url or read_address(config.run.directory) or f"http://{service.host}:{service.port}"
-    return ServiceClient(url, token=service.token.get_secret_value() if service.token else None, settings=config.client)
+    token = service.token.get_secret_value() if service.token else None
+    return ServiceClient(url, token=token, settings=config.client, stopping=stopping)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -1,0 +1,168 @@
+"""`stalewise learn`: one learner process, from its settings to a clean end."""
+
+import logging
+import math
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from buffer.client import ClientSettings, HttpTable, HttpWeightStore, ServiceClient
+from buffer.errors import RunMismatch, ServiceUnreachable, StoreUnavailable
+from buffer.fingerprint import model_fingerprint
+from buffer.table import Wait
+from buffer.wire import LearnerReport
+from learner.admission import Admission
+from learner.checkpoint import Checkpoints
+from learner.loop import LearnerLoop, take_up
+from learner.objectives.diagnostics import diagnose
+from learner.objectives.recipes import build_objective
+from learner.policy import Policy, local_model_dir
+from learner.publisher import Publisher
+from learner.run_log import RunLog
+from learner.sampling import Prefetcher, selector_schedule
+from learner.step import Progress, Trainer
+from services.settings import RunConfig, connect, describe
+
+log = logging.getLogger(__name__)
+
+REPORT_CLIENT = ClientSettings(connect_timeout_s=2.0, read_timeout_s=2.0, retry_budget_s=0.0)
+"""A report that is lost is followed by another one: it must not hold up a step."""
+LOG_EVERY_UPDATES = 10
+
+
+class ServiceReporter:
+    """Writes metrics to the run's log and posts them to the service; a lost post is counted."""
+
+    def __init__(self, run_log: RunLog, client: ServiceClient) -> None:
+        self._run_log = run_log
+        self._client = client
+        self._last: Mapping[str, float] = {}
+        self._lost = 0
+
+    def update(self, progress: Progress, metrics: Mapping[str, float]) -> None:
+        """See learner.loop.Reporter."""
+        self._last = {**metrics, "report/lost_total": float(self._lost)}
+        self._run_log.write(progress, self._last)
+        if progress.updates % LOG_EVERY_UPDATES == 0:
+            log.info(
+                "update %d: reward %.3f, age %.0f updates, waited %.2f s",
+                progress.updates,
+                metrics["reward/mean"],
+                metrics.get("age/updates_p50", math.nan),
+                metrics["time/sample_wait_s"],
+            )
+        self._post(progress, None)
+
+    def waiting(self, progress: Progress, wait: Wait) -> None:
+        """See learner.loop.Reporter."""
+        self._post(progress, wait)
+
+    def _post(self, progress: Progress, wait: Wait | None) -> None:
+        finite = {name: value for name, value in self._last.items() if math.isfinite(value)}  # JSON has no others
+        report = LearnerReport(updates=progress.updates, version=progress.clock, metrics=finite, waiting=wait)
+        try:
+            self._client.post_learner_metrics(report)
+        except (ServiceUnreachable, StoreUnavailable):
+            self._lost += 1
+
+
+def run_learner(config: RunConfig, *, resume: bool) -> None:
+    """Train until `learner.total_updates`, or until SIGTERM or SIGINT, which finish the step, publish and save.
+
+    Raises InvalidSettings, RunMismatch, CorruptCheckpoint, ServiceUnreachable, and what ends the loop.
+    """
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    torch.set_num_threads(config.learner.threads)
+    torch.manual_seed(config.run.seed)
+    transformers_logging.disable_progress_bar()
+    log.info("settings\n%s", describe(config))
+    model_dir = local_model_dir(str(config.run.model))
+    fingerprint = model_fingerprint(model_dir)
+    with ExitStack() as stack:
+        client = stack.enter_context(closing(connect(config, stopping=stop)))
+        _check_run(client, config, fingerprint)
+        trainer = _make_trainer(config, model_dir)
+        checkpoints = Checkpoints(
+            config.run.directory / "learner" / "checkpoints",
+            keep=config.learner.keep_checkpoints,
+            model_fingerprint=fingerprint,
+            resolved_settings=config.model_dump(mode="json"),
+        )
+        publisher = Publisher(
+            HttpWeightStore(client), run_id=config.run.name, model_fingerprint=fingerprint, unix_time=time.time
+        )
+        take_up(trainer, checkpoints, publisher, resume=resume)
+        LearnerLoop(
+            trainer=trainer,
+            prefetcher=_make_prefetcher(config, trainer, HttpTable(client)),
+            admission=Admission(
+                max_age_updates=config.table.max_age_updates,
+                vocab_size=trainer.policy.vocab_size,
+                max_positions=trainer.policy.max_positions,
+            ),
+            publisher=publisher,
+            checkpoints=checkpoints,
+            reporter=_open_reporter(config, trainer, stack),
+            settings=config.learner,
+            stop=stop,
+            now=time.monotonic,
+        ).run()
+
+
+def _check_run(client: ServiceClient, config: RunConfig, fingerprint: str) -> None:
+    """Wait for the service and compare whom we are talking to."""
+    info = client.run_info()
+    if info.run_id != config.run.name:
+        raise RunMismatch(
+            f"{client.url} serves run {info.run_id}, this learner is set to run {config.run.name}",
+            hint="set run.name or service.url",
+        )
+    if info.model_fingerprint not in (None, fingerprint):
+        raise RunMismatch(
+            f"run {info.run_id} was begun with another model or tokenizer than {config.run.model}",
+            hint="set run.model to the model that the run was begun with, or give the run another name",
+        )
+
+
+def _make_trainer(config: RunConfig, model_dir: Path) -> Trainer:
+    settings = config.learner
+    return Trainer(
+        policy=Policy.load(model_dir, device=settings.device, micro_batch_tokens=settings.micro_batch_tokens),
+        objective=build_objective(settings.objective.name, settings.objective.options),
+        settings=settings,
+        diagnose=diagnose,
+        now=time.monotonic,
+    )
+
+
+def _make_prefetcher(config: RunConfig, trainer: Trainer, table: HttpTable) -> Prefetcher:
+    return Prefetcher(
+        partial(table.sample, timeout_s=config.learner.sample_timeout_s),
+        table.stats,
+        config.learner,
+        clock=lambda: trainer.progress.clock,
+        schedule=selector_schedule(config.learner, updates_done=trainer.progress.updates),
+        request_prefix=f"learner-{uuid.uuid4().hex}",
+        now=time.monotonic,
+    )
+
+
+def _open_reporter(config: RunConfig, trainer: Trainer, stack: ExitStack) -> ServiceReporter:
+    run_log = RunLog(
+        config.run.directory / "learner",
+        run_name=config.run.name,
+        wandb_project=config.learner.wandb_project,
+        first_update=trainer.progress.updates,
+    )
+    reports = config.model_copy(update={"client": REPORT_CLIENT})
+    return ServiceReporter(stack.enter_context(closing(run_log)), stack.enter_context(closing(connect(reports))))
