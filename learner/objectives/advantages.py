@@ -41,6 +41,17 @@ def standardised(*, lost_degrees: int, epsilon: float) -> Advantage:
     return advantage
 
 
+def batch_normalised(tokens: Tokens) -> Tensor:
+    """(r - mean of the group) / (std over the batch of that + 1e-8), counting trajectories (arXiv 2501.03262)."""
+    centred = _centred(tokens)
+    return (centred / (centred.std(correction=0) + 1e-8)).float()[:, None]
+
+
+def shifted(advantage: Advantage, *, by: float) -> Advantage:
+    """advantage + by: above 0 it leans on good answers, below 0 on bad ones."""
+    return lambda tokens: advantage(tokens) + by
+
+
 def _centred(tokens: Tokens) -> Tensor:
     """[B] float64: rewards minus the group's mean; minus nothing in a group of one episode."""
     rewards = tokens.rewards.double()  # equal rewards must centre to 0, not to a rounding error that a std divides

@@ -1,4 +1,4 @@
-"""From values to one number; the name states the denominator. All count the mask, gated tokens included."""
+"""From values to one number, or one a sequence; the name states the denominator, which counts gated tokens too."""
 
 import torch
 from torch import Tensor
@@ -30,6 +30,21 @@ def mean_over_sequences(tokens: Tokens, values: Tensor) -> Tensor:
 def sum_over_sequences_per_token(tokens: Tokens, values: Tensor) -> Tensor:
     """sum_i v_i / N, for values [B]: the mean over sequences, divided by the mean length N / B."""
     return values.sum() / tokens.num_tokens.clamp(min=1)
+
+
+def mean_by_sequence(tokens: Tokens, values: Tensor) -> Tensor:
+    """[B, 1]: mean over trained tokens; 0 where there is none."""
+    return _masked(tokens, values).sum(-1, keepdim=True) / tokens.lengths.clamp(min=1)[:, None]
+
+
+def sum_by_sequence(tokens: Tokens, values: Tensor) -> Tensor:
+    """[B, 1]: sum over trained tokens."""
+    return _masked(tokens, values).sum(-1, keepdim=True)
+
+
+def maximum_by_sequence(tokens: Tokens, values: Tensor) -> Tensor:
+    """[B, 1]: max over trained tokens; -inf where there is none."""
+    return values.masked_fill(~tokens.mask, -torch.inf).amax(-1, keepdim=True)
 
 
 def _masked(tokens: Tokens, values: Tensor) -> Tensor:

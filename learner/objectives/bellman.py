@@ -11,9 +11,8 @@ from torch import Tensor
 from learner.objectives.objective import Advantage, SequencePiece
 from learner.tokens import Column, Tokens
 
-RESIDUAL_COLUMNS = frozenset(
-    {Column.UNIT_LOGPROBS, Column.REFERENCE_LOGPROBS, Column.FIRST_LOGIT, Column.REFERENCE_FIRST_LOGIT}
-)
+TBRM_COLUMNS = frozenset({Column.UNIT_LOGPROBS, Column.REFERENCE_LOGPROBS, Column.FIRST_LOGIT})
+REVAL_COLUMNS = TBRM_COLUMNS | {Column.REFERENCE_FIRST_LOGIT}
 
 
 def reval_residual(*, beta: float, centred: Advantage) -> SequencePiece:
@@ -22,6 +21,18 @@ def reval_residual(*, beta: float, centred: Advantage) -> SequencePiece:
     def residual(tokens: Tokens) -> Tensor:
         value = tokens.columns[Column.FIRST_LOGIT] - tokens.columns[Column.REFERENCE_FIRST_LOGIT]
         return value + log_ratio_to_reference_after_first(tokens) - centred(tokens)[:, 0] / beta
+
+    return residual
+
+
+def tbrm_residual(*, beta: float) -> SequencePiece:
+    """logit(a_1) + sum_{t >= 2} log pi - log pi_ref(tau) - r / beta: the same without V_ref (arXiv 2505.15311)."""
+
+    def residual(tokens: Tokens) -> Tensor:
+        first = tokens.mask.int().argmax(-1, keepdim=True)
+        reference = tokens.columns[Column.REFERENCE_LOGPROBS].gather(-1, first)[:, 0]
+        value = tokens.columns[Column.FIRST_LOGIT] - reference
+        return value + log_ratio_to_reference_after_first(tokens) - tokens.rewards / beta
 
     return residual
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from learner.objectives.gates import maximum_by_sequence, mean_by_sequence
+from learner.objectives.aggregation import maximum_by_sequence, mean_by_sequence
 from learner.objectives.objective import Loss
 from learner.objectives.ratios import k1, k2, k3, token_ratio
 from learner.tokens import Tokens, cleaned
@@ -42,7 +42,7 @@ def diagnose(tokens: Tokens, loss: Loss) -> dict[str, float]:
 @torch.no_grad()
 def acceptance_curve(tokens: Tokens) -> dict[str, Tensor]:
     """The thresholds of max k2 and mean k3 that keep 50, 70 and 90 % of the sequences."""
-    largest, mean = maximum_by_sequence(tokens, k2)[:, 0], mean_by_sequence(tokens, k3)[:, 0]
+    largest, mean = maximum_by_sequence(tokens, k2(tokens))[:, 0], mean_by_sequence(tokens, k3(tokens))[:, 0]
     return {
         f"trust_region/{name}_nats_p{round(100 * share)}": statistic.quantile(share)
         for name, statistic in (("max_k2", largest), ("mean_k3", mean))

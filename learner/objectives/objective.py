@@ -12,7 +12,7 @@ Multipliers = Mapping[str, float]
 """What learns by dual ascent, by name. The learner owns and checkpoints it."""
 
 TokenPiece = Callable[[Tokens], Tensor]
-"""-> [B, T]: a ratio, a statistic, a penalty."""
+"""-> [B, T], or [B, 1] where a whole sequence shares one: a ratio, a statistic, a penalty."""
 
 SequencePiece = Callable[[Tokens], Tensor]
 """-> [B]: a residual."""

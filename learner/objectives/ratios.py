@@ -1,12 +1,13 @@
-"""How far the policy has moved from the one that drew a token: [B, T], float32, in log space, exponentiated last."""
+"""How far the policy has moved from the one that drew a token: [B, T] or [B, 1], float32, exponentiated last."""
 
 import math
 
 import torch
 from torch import Tensor
 
+from learner.objectives.aggregation import mean_by_sequence, sum_by_sequence
 from learner.objectives.objective import TokenPiece
-from learner.tokens import Tokens
+from learner.tokens import Column, Tokens
 
 MAX_LOG_RATIO = 20.0
 """Guard before exp: exp(20) = 4.9e8 is beyond any useful ratio, and the square of a product of two of them, exp(80),
@@ -15,7 +16,7 @@ is still finite in float32. Outside the guard a ratio has no gradient."""
 
 def log_ratio(tokens: Tokens) -> Tensor:
     """log rho = log pi - log behavior, within +-MAX_LOG_RATIO; 0 behind the mask."""
-    return (tokens.logprobs - tokens.behavior_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return _guarded(tokens.logprobs - tokens.behavior_logprobs)
 
 
 def no_ratio(tokens: Tokens) -> Tensor:
@@ -31,6 +32,26 @@ def token_ratio(tokens: Tokens) -> Tensor:
 def bounded_ratio(*, max_log_ratio: float) -> TokenPiece:
     """rho with |log rho| <= max_log_ratio; outside it has no gradient."""
     return lambda tokens: log_ratio(tokens).clamp(-max_log_ratio, max_log_ratio).exp()
+
+
+def sequence_ratio(tokens: Tokens) -> Tensor:
+    """[B, 1]: exp(mean_t log rho), the geometric mean of a sequence's ratios (arXiv 2507.18071)."""
+    return mean_by_sequence(tokens, log_ratio(tokens)).exp()
+
+
+def sequence_product(tokens: Tokens) -> Tensor:
+    """[B, 1]: prod_t rho, within the same guard as one ratio."""
+    return _guarded(sum_by_sequence(tokens, log_ratio(tokens))).exp()
+
+
+def proximal_ratio(tokens: Tokens) -> Tensor:
+    """pi / proximal: the drift of the policy since the trainer scored the tokens itself."""
+    return _guarded(tokens.logprobs - tokens.columns[Column.PROXIMAL_LOGPROBS]).exp()
+
+
+def proximal_to_behavior(tokens: Tokens) -> Tensor:
+    """proximal / behavior: staleness and the gap between engine and trainer."""
+    return _guarded(tokens.columns[Column.PROXIMAL_LOGPROBS] - tokens.behavior_logprobs).exp()
 
 
 def prefix_minimum(tokens: Tokens) -> Tensor:
@@ -75,3 +96,7 @@ def k3(tokens: Tokens) -> Tensor:
     """rho - 1 - log rho: unbiased for KL(behavior || pi), never negative."""
     logs = log_ratio(tokens)
     return logs.expm1() - logs
+
+
+def _guarded(logs: Tensor) -> Tensor:
+    return logs.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)

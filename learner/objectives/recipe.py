@@ -40,6 +40,7 @@ class AdvantageName(StrEnum):
     LEAVE_ONE_OUT = "leave_one_out"
     STANDARDISED = "standardised"
     STANDARDISED_POPULATION = "standardised_population"
+    BATCH_NORMALISED = "batch_normalised"
 
     @property
     def piece(self) -> Advantage:
@@ -53,7 +54,19 @@ _ADVANTAGES: dict[AdvantageName, Advantage] = {
     AdvantageName.LEAVE_ONE_OUT: advantages.leave_one_out,
     AdvantageName.STANDARDISED: advantages.standardised(lost_degrees=1, epsilon=1e-6),
     AdvantageName.STANDARDISED_POPULATION: advantages.standardised(lost_degrees=0, epsilon=1e-6),
+    AdvantageName.BATCH_NORMALISED: advantages.batch_normalised,
 }
+
+
+class CentringName(StrEnum):
+    GROUP_MEAN = "group_mean"
+    LEAVE_ONE_OUT = "leave_one_out"
+    NONE = "none"
+
+    @property
+    def advantage(self) -> AdvantageName:
+        """The advantage that centres a reward this way."""
+        return AdvantageName(self.value)
 
 
 def _refuse_truth_values(value: object) -> object:

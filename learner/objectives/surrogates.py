@@ -12,6 +12,20 @@ def score(weight: TokenPiece) -> Surrogate:
     return lambda tokens, advantage: weight(tokens).detach() * advantage * tokens.logprobs
 
 
+def weighted(surrogate: Surrogate, weight: TokenPiece) -> Surrogate:
+    """sg[weight] * surrogate."""
+    return lambda tokens, advantage: weight(tokens).detach() * surrogate(tokens, advantage)
+
+
+def tapered_score(weight: TokenPiece) -> Surrogate:
+    """A * log pi where A >= 0, and sg[weight] * A * log pi where A < 0 (arXiv 2503.14286)."""
+
+    def surrogate(tokens: Tokens, advantage: Tensor) -> Tensor:
+        return torch.where(advantage < 0, weight(tokens).detach(), 1.0) * advantage * tokens.logprobs
+
+    return surrogate
+
+
 def importance(ratio: TokenPiece) -> Surrogate:
     """ratio * A."""
     return lambda tokens, advantage: ratio(tokens) * advantage

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from learner.objectives.aggregation import maximum_by_sequence, mean_by_sequence
 from learner.objectives.diagnostics import acceptance_curve
-from learner.objectives.gates import maximum_by_sequence, mean_by_sequence, sequence_maximum, sequence_mean
+from learner.objectives.gates import sequence_maximum, sequence_mean
 from learner.objectives.ratios import k2, k3, token_ratio
 from learner.objectives.recipes import build_objective
 from learner.tokens import Tokens, cleaned
@@ -26,7 +27,7 @@ def test_example_1_statistics_and_thresholds() -> None:
     assert token_ratio(tokens)[0].tolist() == pytest.approx([0.857143, 1.25, 1.0], abs=1e-6)
     assert k2(tokens)[0].tolist() == pytest.approx([0.011881, 0.024897, 0.0], abs=1e-6)
     assert k3(tokens)[0].tolist() == pytest.approx([0.011294, 0.026856, 0.0], abs=1e-6)
-    assert mean_by_sequence(tokens, k3).item() == pytest.approx(0.012717, abs=1e-6)
+    assert mean_by_sequence(tokens, k3(tokens)).item() == pytest.approx(0.012717, abs=1e-6)
     kept = [sequence_maximum(k2, threshold=t)(tokens, advantage).item() for t in (0.026, 0.02, 0.03)]
     assert kept == [True, False, True]
 
@@ -35,7 +36,7 @@ def test_example_2_mean_of_k3_accepts_at_a_tenth() -> None:
     tokens = cleaned(one_batch(policy=[[0.98, 0.3]], behavior=[[0.98, 0.6]], rewards=[1.0]), ())
 
     assert k2(tokens)[0].tolist() == pytest.approx([0.0, 0.240227], abs=1e-6)
-    assert mean_by_sequence(tokens, k3).item() == pytest.approx(0.096574, abs=1e-6)
+    assert mean_by_sequence(tokens, k3(tokens)).item() == pytest.approx(0.096574, abs=1e-6)
     assert sequence_mean(k3, threshold=0.1)(tokens, torch.ones(1, 1)).item()
     assert not sequence_mean(k3, threshold=0.0965)(tokens, torch.ones(1, 1)).item()
 
@@ -43,10 +44,14 @@ def test_example_2_mean_of_k3_accepts_at_a_tenth() -> None:
 def test_statistics_of_three_sequences() -> None:
     tokens = cleaned(three_sequences(), ())
 
-    largest_k2 = maximum_by_sequence(tokens, k2)[:, 0].tolist()
+    largest_k2 = maximum_by_sequence(tokens, k2(tokens))[:, 0].tolist()
     assert largest_k2 == pytest.approx([0.001316, 0.960906, 23.136287], abs=2e-6)
-    assert mean_by_sequence(tokens, k2)[:, 0].tolist() == pytest.approx([0.000540, 0.321816, 11.568144], abs=2e-6)
-    assert mean_by_sequence(tokens, k3)[:, 0].tolist() == pytest.approx([0.000538, 0.213661, 2.901753], abs=2e-6)
+    assert mean_by_sequence(tokens, k2(tokens))[:, 0].tolist() == pytest.approx(
+        [0.000540, 0.321816, 11.568144], abs=2e-6
+    )
+    assert mean_by_sequence(tokens, k3(tokens))[:, 0].tolist() == pytest.approx(
+        [0.000538, 0.213661, 2.901753], abs=2e-6
+    )
     curve = acceptance_curve(tokens)
     assert curve["trust_region/max_k2_nats_p50"].item() == pytest.approx(0.960906, abs=2e-6)
 

@@ -17,7 +17,7 @@ from learner.objectives.aggregation import (
     mean_over_tokens,
     sum_over_sequences_per_token,
 )
-from learner.objectives.bellman import RESIDUAL_COLUMNS, reval_residual
+from learner.objectives.bellman import REVAL_COLUMNS, reval_residual
 from learner.objectives.gates import inside_clip, sequence_maximum, sequence_mean
 from learner.objectives.ratios import (
     MAX_LOG_RATIO,
@@ -306,7 +306,7 @@ def test_reval_is_at_rest_at_the_reference_without_reward() -> None:
 
 
 def test_the_residual_starts_at_the_first_trained_token() -> None:
-    tokens = cleaned(tokens_of(), RESIDUAL_COLUMNS)
+    tokens = cleaned(tokens_of(), REVAL_COLUMNS)
     row = ROWS[2]  # its first position is a hole
 
     delta = reval_residual(beta=0.5, centred=no_baseline)(tokens)[2].item()
@@ -316,7 +316,7 @@ def test_the_residual_starts_at_the_first_trained_token() -> None:
 
 
 def test_shifting_the_first_logit_shifts_the_residual_by_as_much() -> None:
-    tokens = cleaned(tokens_of(), RESIDUAL_COLUMNS)
+    tokens = cleaned(tokens_of(), REVAL_COLUMNS)
     shifted = replace(tokens, columns={**tokens.columns, Column.FIRST_LOGIT: tokens.columns[Column.FIRST_LOGIT] + 0.25})
     residual = reval_residual(beta=0.5, centred=no_baseline)
 
