@@ -1,0 +1,143 @@
+"""A service for a test: the app on a real socket in a thread, or the real `stalewise serve` process."""
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import uvicorn
+
+from buffer.client import HttpTable, HttpWeightStore
+from buffer.connection import ClientSettings, ServiceClient
+from buffer.memory_table import MemoryTable
+from buffer.rate_limiter import RateLimiterSettings
+from buffer.table import ReplayTable, TableSettings
+from buffer.types import PolicyVersion
+from buffer.weights.directory_store import DirectoryWeightStore
+from buffer.weights.manifest import Manifest, Payload, Probe
+from services.address import read_address
+from services.context import ServiceContext, ServiceSettings
+from services.presence import MemoryBoard, Presence
+from services.replay_api import create_app
+from services.security import Guard
+from tests.factories import RUN_ID
+
+PAYLOAD = b"not really tensors"
+SERVICE, TABLE, LIMITER = ServiceSettings(), TableSettings(), RateLimiterSettings()
+NO_RETRY = ClientSettings(retry_budget_s=0.0, read_timeout_s=20.0)
+
+
+def make_context(
+    directory: Path,
+    table: ReplayTable | None = None,
+    *,
+    settings: ServiceSettings = SERVICE,
+    table_settings: TableSettings = TABLE,
+    limiter: RateLimiterSettings = LIMITER,
+) -> ServiceContext:
+    """Return the collaborators of a service whose state is this process and `directory`."""
+    return ServiceContext(
+        run_id=RUN_ID,
+        settings=settings,
+        table=table or MemoryTable(table_settings, limiter, RUN_ID),
+        table_settings=table_settings,
+        limiter_settings=limiter,
+        weights=DirectoryWeightStore(directory / "weights"),
+        presence=Presence(MemoryBoard()),
+        promises=lambda: {"appendfsync": "never: this is memory"},
+    )
+
+
+@contextmanager
+def serving(context: ServiceContext) -> Iterator[str]:
+    """Serve the app on a free loopback port from a thread of this process; yield its URL."""
+    app = create_app(context, Guard(context.settings.tokens))
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, ws="none", timeout_graceful_shutdown=5)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, name="service")
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.005)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        context.closing.set()
+        server.should_exit = True
+        thread.join()
+
+
+def make_manifest(version: PolicyVersion, *, payload: bytes = PAYLOAD, run_id: str = RUN_ID) -> Manifest:
+    """Return a manifest of one payload; its probe is arbitrary."""
+    return Manifest(
+        run_id=run_id,
+        version=version,
+        created_s=1.5,
+        model_fingerprint=sha256(b"model").hexdigest(),
+        payloads=(Payload(kind="keyframe", sha256=sha256(payload).hexdigest(), size_bytes=len(payload)),),
+        probe=Probe(
+            token_ids=np.asarray([1, 2, 3], np.int32), logprobs=np.asarray([-0.5, -1.25], np.float32), tolerance=0.1
+        ),
+    )
+
+
+class PublishingTable(HttpTable):
+    """An HttpTable whose version advances as in life: by publishing weights."""
+
+    def __init__(self, client: ServiceClient) -> None:
+        super().__init__(client)
+        self._weights = HttpWeightStore(client)
+
+    def advance_version(self, version: PolicyVersion) -> None:
+        latest = self._weights.latest()
+        if latest is None or latest.version < version:
+            self._weights.put_blob(sha256(PAYLOAD).hexdigest(), [PAYLOAD])
+            self._weights.publish(make_manifest(version))
+        super().advance_version(version)
+
+
+class ServeProcess:
+    """The real `stalewise serve`, with its own Redis, in a directory of its own."""
+
+    def __init__(self, runs_dir: Path, *settings: str, name: str = RUN_ID) -> None:
+        self.directory = runs_dir / name
+        self.log_path = runs_dir / "service.log"
+        options = [f"run.runs_dir={runs_dir}", f"run.name={name}", "service.port=0", *settings]
+        self.arguments = ["serve", *(part for option in options for part in ("--set", option))]
+        self.process = self._start()
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        with self.log_path.open("ab") as log:
+            return subprocess.Popen([sys.executable, "-m", "services.cli", *self.arguments], stdout=log, stderr=log)
+
+    def restart(self) -> None:
+        """Start it again after it ended."""
+        self.process.wait(10)
+        self.process = self._start()
+
+    def wait_until_ready(self) -> str:
+        """Return the URL once it answers."""
+        deadline_s = time.monotonic() + 60
+        while (url := read_address(self.directory)) is None or self.process.poll() is not None:
+            assert self.process.poll() is None, self.log_path.read_text()
+            assert time.monotonic() < deadline_s, self.log_path.read_text()
+            time.sleep(0.02)
+        return url
+
+    def stop(self) -> int:
+        """Ask it to drain, and return its exit code."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        return self.process.wait(30)
+
+
+def stalewise(*arguments: str, timeout_s: float = 60.0) -> "subprocess.CompletedProcess[str]":
+    """Run a command to its end."""
+    command: Sequence[str] = [sys.executable, "-m", "services.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)

@@ -1,0 +1,169 @@
+"""The real `stalewise learn` process against a real service."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from buffer.client import HttpTable, HttpWeightStore
+from buffer.connection import ServiceClient
+from buffer.rate_limiter import RateLimiterSettings
+from tests.factories import RUN_ID, make_group
+from tests.learner.builders import save_tiny_model
+from tests.services.live import NO_RETRY, ServeProcess, make_context, serving, stalewise
+
+GENEROUS = RateLimiterSettings(samples_per_insert=1_000, min_size=2, error_buffer=10_000)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    save_tiny_model(directory)
+    return directory
+
+
+def _options(runs_dir: Path, url: str, model_dir: Path, *more: str) -> list[str]:
+    values = [
+        f"service.url={url}",
+        f"run.name={RUN_ID}",
+        f"run.runs_dir={runs_dir}",
+        f"run.model={model_dir}",
+        "learner.groups_per_update=2",
+        "learner.selector.kind=uniform",
+        "learner.checkpoint_every=2",
+        "learner.optimizer.warmup_updates=0",
+        *more,
+    ]
+    return [part for value in values for part in ("--set", value)]
+
+
+@contextmanager
+def _learning(log_path: Path, options: list[str], *flags: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """Run a learner; kill it if the test leaves it running."""
+    with log_path.open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "services.cli", "learn", *options, *flags], stdout=log, stderr=log
+        )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _wait_for(reached: Callable[[], bool], process: "subprocess.Popen[bytes]", log_path: Path) -> None:
+    deadline_s = time.monotonic() + 60
+    while not reached():
+        assert process.poll() is None, log_path.read_text()
+        assert time.monotonic() < deadline_s, log_path.read_text()
+        time.sleep(0.02)
+
+
+def _insert(client: ServiceClient) -> None:
+    results = HttpTable(client).insert([make_group(f"g{number}") for number in range(3)])
+    assert {result.outcome.value for result in results} == {"accepted"}
+
+
+def test_a_learner_trains_over_http_is_killed_resumes_and_ends(model_dir: Path, tmp_path: Path) -> None:
+    log_path, learner_dir = tmp_path / "log", tmp_path / RUN_ID / "learner"
+    with serving(make_context(tmp_path / "service", limiter=GENEROUS)) as url:
+        client = ServiceClient(url, settings=NO_RETRY)
+        store = HttpWeightStore(client)
+
+        def latest() -> int:
+            manifest = store.latest()
+            return -1 if manifest is None else manifest.version
+
+        options = _options(tmp_path, url, model_dir, "learner.total_updates=100000")
+        with _learning(log_path, options) as process:
+            _wait_for(lambda: latest() == 0, process, log_path)
+            _insert(client)
+            _wait_for(lambda: latest() >= 5, process, log_path)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        killed_at = latest()
+        saved = [int(path.name.removeprefix("update-")) for path in sorted((learner_dir / "checkpoints").glob("u*"))]
+
+        refused = stalewise("learn", *options)
+        assert refused.returncode == 2
+        assert "this run was begun before: latest published version" in refused.stderr
+
+        end = saved[-1] + 3
+        finished = stalewise("learn", *_options(tmp_path, url, model_dir, f"learner.total_updates={end}"), "--resume")
+        assert finished.returncode == 0, finished.stderr
+        assert latest() == killed_at + 1 + 3
+        stats = client.stats()["learner"]
+        client.close()
+
+    assert (stats["updates"], stats["version"]) == (end, killed_at + 4)
+    assert stats["metrics"]["age/updates_p50"] == killed_at + 3
+    lines = [json.loads(line) for line in (learner_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["updates"] for line in lines[-3:]] == [end - 2, end - 1, end]
+    assert [line["version"] for line in lines[-3:]] == [killed_at + 2, killed_at + 3, killed_at + 4]
+    assert len(list((learner_dir / "tensorboard").glob("events.out.tfevents.*"))) == 2
+    state = json.loads((learner_dir / "checkpoints" / f"update-{end:08d}" / "state.json").read_text())
+    assert state["settings"]["learner"]["groups_per_update"] == 2
+
+
+def test_a_learner_waits_while_its_service_is_away_and_ends_cleanly_on_sigterm(model_dir: Path, tmp_path: Path) -> None:
+    log_path = tmp_path / "log"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    limiter = [f"limiter.{name}={value}" for name, value in GENEROUS.model_dump().items()]
+    service = ServeProcess(tmp_path, f"service.port={port}", *limiter)
+    try:
+        url = service.wait_until_ready()
+        client = ServiceClient(url)
+        metrics = tmp_path / RUN_ID / "learner" / "metrics.jsonl"
+
+        def num_updates() -> int:
+            return len(metrics.read_text().splitlines()) if metrics.is_file() else 0
+
+        with _learning(log_path, _options(tmp_path, url, model_dir)) as process:
+            _wait_for(lambda: client.run_info().latest_version == 0, process, log_path)
+            _insert(client)
+            _wait_for(lambda: num_updates() >= 2, process, log_path)
+            service.process.kill()
+            _wait_for(lambda: "retrying for up to" in log_path.read_text(), process, log_path)
+            before = num_updates()
+            service.restart()
+            service.wait_until_ready()
+            _wait_for(lambda: num_updates() >= before + 2, process, log_path)
+
+            process.terminate()
+            assert process.wait(30) == 0, log_path.read_text()
+
+        checkpoints = sorted((tmp_path / RUN_ID / "learner" / "checkpoints").glob("update-*"))
+        assert int(checkpoints[-1].name.removeprefix("update-")) == num_updates()
+        assert client.run_info().latest_version == num_updates()
+        client.close()
+    finally:
+        service.stop()
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("learner.objective.name=grpoo", "there is no objective 'grpoo'"),
+        ("run.model=/nowhere", "/nowhere is neither a local model directory"),
+        ("service.url=http://127.0.0.1:9", "no answer from http://127.0.0.1:9"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_one_sentence_and_an_exit_code(
+    model_dir: Path, tmp_path: Path, setting: str, sentence: str
+) -> None:
+    options = _options(tmp_path, "http://127.0.0.1:9", model_dir, "client.retry_budget_s=0", setting)
+
+    ended = stalewise("learn", *options)
+
+    assert ended.returncode in {2, 3}
+    assert "Traceback" not in ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith(f"stalewise: {sentence}")
