@@ -44,12 +44,16 @@ class Policy:
 
     @classmethod
     def load(cls, model_dir: Path, *, device: str, micro_batch_tokens: int) -> Self:
-        """Load float32 weights from a local directory. Raises InvalidSettings when they cannot be read."""
+        """Load float32 weights from a local directory. Raises InvalidSettings when that cannot be."""
         try:
             model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, local_files_only=True)
         except (OSError, ValueError) as error:
             raise InvalidSettings(f"{model_dir} does not hold a causal language model: {error}") from error
-        return cls(model.to(device), micro_batch_tokens=micro_batch_tokens)
+        try:
+            model = model.to(device)
+        except (RuntimeError, AssertionError) as error:  # what torch raises for a device that it was not built for
+            raise InvalidSettings(f"learner.device={device!r} cannot be used: {error}") from error
+        return cls(model, micro_batch_tokens=micro_batch_tokens)
 
     @property
     def vocab_size(self) -> int:

@@ -23,6 +23,7 @@ from learner.admission import Admission
 from learner.checkpoint import Checkpoints
 from learner.loop import LearnerLoop, take_up
 from learner.objectives.diagnostics import diagnose
+from learner.objectives.objective import Objective
 from learner.objectives.recipes import build_objective
 from learner.policy import Policy, local_model_dir
 from learner.publisher import Publisher
@@ -86,12 +87,13 @@ def run_learner(config: RunConfig, *, resume: bool) -> None:
     torch.manual_seed(config.run.seed)
     transformers_logging.disable_progress_bar()
     log.info("settings\n%s", describe(config))
+    objective = build_objective(config.learner.objective.name, config.learner.objective.options)
     model_dir = local_model_dir(str(config.run.model))
     fingerprint = model_fingerprint(model_dir)
     with ExitStack() as stack:
         client = stack.enter_context(closing(connect(config, stopping=stop)))
         _check_run(client, config, fingerprint)
-        trainer = _make_trainer(config, model_dir)
+        trainer = _make_trainer(config, model_dir, objective)
         checkpoints = Checkpoints(
             config.run.directory / "learner" / "checkpoints",
             keep=config.learner.keep_checkpoints,
@@ -134,11 +136,11 @@ def _check_run(client: ServiceClient, config: RunConfig, fingerprint: str) -> No
         )
 
 
-def _make_trainer(config: RunConfig, model_dir: Path) -> Trainer:
+def _make_trainer(config: RunConfig, model_dir: Path, objective: Objective) -> Trainer:
     settings = config.learner
     return Trainer(
         policy=Policy.load(model_dir, device=settings.device, micro_batch_tokens=settings.micro_batch_tokens),
-        objective=build_objective(settings.objective.name, settings.objective.options),
+        objective=objective,
         settings=settings,
         diagnose=diagnose,
         now=time.monotonic,

@@ -1,8 +1,11 @@
-"""Samples and trainers for the learner's tests."""
+"""A model, samples and trainers for the learner's tests."""
 
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 from buffer.types import Group, Sample, SampleInfo, SamplingSettings, Trajectory
 from learner.objectives.diagnostics import diagnose
@@ -16,6 +19,23 @@ from tests.factories import make_group, make_trajectory
 VOCAB = 24
 WARM = SamplingSettings(temperature=0.7, top_p=1.0, top_k=0, min_p=0.0)
 TOP_2 = SamplingSettings(temperature=1.3, top_p=1.0, top_k=2, min_p=0.0)
+
+
+def save_tiny_model(directory: Path) -> None:
+    """Save a Qwen2 with tied embeddings and 2 layers, its random weights large enough that its answers differ."""
+    config = Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        initializer_range=0.5,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
 
 
 def as_sample(group: Group, *, times_sampled: int = 1, age_updates: int | None = 0) -> Sample:

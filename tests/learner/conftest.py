@@ -1,12 +1,11 @@
-"""A real Qwen2, small enough for a test, and one thread for torch."""
+"""One model for the session, and one thread for torch."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config
 
-from tests.learner.builders import VOCAB
+from tests.learner.builders import save_tiny_model
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -16,19 +15,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved Qwen2 with tied embeddings, 2 layers, random weights large enough that its answers differ."""
-    config = Qwen2Config(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        initializer_range=0.5,
-    )
-    torch.manual_seed(0)
+    """See save_tiny_model."""
     directory = tmp_path_factory.mktemp("model")
-    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    save_tiny_model(directory)
     return directory
