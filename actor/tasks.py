@@ -119,8 +119,9 @@ class RunningSums:
 class ReasoningGym:
     """Any task of the reasoning-gym package: its question as text, its verifier's score as reward."""
 
-    NUM_ITEMS = 1_000_000
-    """Items are made on demand from their index: the first HELD_OUT_PROMPTS are held out, the rest is for training."""
+    NUM_ITEMS = 100_000
+    """Items are made on demand from their index: the first HELD_OUT_PROMPTS are held out, the rest is for training.
+    The option `size` sets another number; a few tasks make all items at once, or have fewer."""
 
     def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, JsonValue]) -> None:
         import reasoning_gym  # 2 s and 100 MB that the running sums do not need
@@ -134,24 +135,28 @@ class ReasoningGym:
             )
         try:
             self._dataset = reasoning_gym.create_dataset(
-                name, **{"seed": HELD_OUT_SEED, **options, "size": self.NUM_ITEMS}
+                name, **{"seed": HELD_OUT_SEED, "size": self.NUM_ITEMS, **options}
             )
         except (TypeError, AssertionError, ValueError) as error:  # how its configurations refuse an option
             raise InvalidSettings(
                 f"reasoning-gym task {name} refuses the options {dict(options)}: {error}",
-                hint="see the fields of its configuration class",
+                hint="see the fields of its configuration class; a task with few questions wants a smaller size",
             ) from error
+        if len(self._dataset) <= HELD_OUT_PROMPTS:
+            raise InvalidSettings(
+                f"task option size={len(self._dataset)} leaves nothing to train on: {HELD_OUT_PROMPTS} items are held out"
+            )
         self._name = name
         self._tokenizer = tokenizer
-        self._held_out_questions = frozenset(self._dataset[index]["question"] for index in range(HELD_OUT_PROMPTS))
         self._prompt(0)  # a tokenizer that cannot express the task is refused here
+        self._held_out_questions = frozenset(self._dataset[index]["question"] for index in range(HELD_OUT_PROMPTS))
 
     def sample(self, rng: np.random.Generator, split: Split) -> Prompt:
         """See Task. Raises InvalidSettings when the task has no question beyond the held-out ones."""
         if split is Split.EVAL:
             return self._prompt(int(rng.integers(HELD_OUT_PROMPTS)))
         for _ in range(1000):  # another index may hold the question of a held-out one
-            index = int(rng.integers(HELD_OUT_PROMPTS, self.NUM_ITEMS))
+            index = int(rng.integers(HELD_OUT_PROMPTS, len(self._dataset)))
             if self._dataset[index]["question"] not in self._held_out_questions:
                 return self._prompt(index)
         raise InvalidSettings(
