@@ -6,8 +6,8 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Mapping
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -80,9 +80,6 @@ def run_learner(config: RunConfig, *, resume: bool) -> None:
 
     Raises InvalidSettings, RunMismatch, CorruptCheckpoint, ServiceUnreachable, and what ends the loop.
     """
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     torch.set_num_threads(config.learner.threads)
     torch.manual_seed(config.run.seed)
     transformers_logging.disable_progress_bar()
@@ -91,6 +88,7 @@ def run_learner(config: RunConfig, *, resume: bool) -> None:
     model_dir = local_model_dir(str(config.run.model))
     fingerprint = model_fingerprint(model_dir)
     with ExitStack() as stack:
+        stop = stack.enter_context(_stop_on_signals())
         client = stack.enter_context(closing(connect(config, stopping=stop)))
         _check_run(client, config, fingerprint)
         trainer = _make_trainer(config, model_dir, objective)
@@ -119,6 +117,18 @@ def run_learner(config: RunConfig, *, resume: bool) -> None:
             stop=stop,
             now=time.monotonic,
         ).run()
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[threading.Event]:
+    """Yield an event that SIGTERM and SIGINT set."""
+    stop = threading.Event()
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _check_run(client: ServiceClient, config: RunConfig, fingerprint: str) -> None:

@@ -14,10 +14,13 @@ import pytest
 
 from buffer.client import HttpTable, HttpWeightStore
 from buffer.connection import ServiceClient
+from buffer.errors import InvalidSettings, RunMismatch, ServiceUnreachable, StalewiseError
 from buffer.rate_limiter import RateLimiterSettings
+from services.learner_service import run_learner
+from services.settings import RunConfig, load_config
 from tests.factories import RUN_ID, make_group
 from tests.learner.builders import save_tiny_model
-from tests.services.live import NO_RETRY, ServeProcess, make_context, serving, stalewise
+from tests.services.live import NO_RETRY, PublishingTable, ServeProcess, make_context, serving, stalewise
 
 GENEROUS = RateLimiterSettings(samples_per_insert=1_000, min_size=2, error_buffer=10_000)
 
@@ -29,8 +32,8 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def _options(runs_dir: Path, url: str, model_dir: Path, *more: str) -> list[str]:
-    values = [
+def _values(runs_dir: Path, url: str, model_dir: Path, *more: str) -> list[str]:
+    return [
         f"service.url={url}",
         f"run.name={RUN_ID}",
         f"run.runs_dir={runs_dir}",
@@ -41,7 +44,14 @@ def _options(runs_dir: Path, url: str, model_dir: Path, *more: str) -> list[str]
         "learner.optimizer.warmup_updates=0",
         *more,
     ]
-    return [part for value in values for part in ("--set", value)]
+
+
+def _options(runs_dir: Path, url: str, model_dir: Path, *more: str) -> list[str]:
+    return [part for value in _values(runs_dir, url, model_dir, *more) for part in ("--set", value)]
+
+
+def _config(runs_dir: Path, url: str, model_dir: Path, *more: str) -> RunConfig:
+    return load_config(None, overrides=_values(runs_dir, url, model_dir, *more))
 
 
 @contextmanager
@@ -91,9 +101,8 @@ def test_a_learner_trains_over_http_is_killed_resumes_and_ends(model_dir: Path, 
         killed_at = latest()
         saved = [int(path.name.removeprefix("update-")) for path in sorted((learner_dir / "checkpoints").glob("u*"))]
 
-        refused = stalewise("learn", *options)
-        assert refused.returncode == 2
-        assert "this run was begun before: latest published version" in refused.stderr
+        with pytest.raises(InvalidSettings, match=f"begun before: latest published version {killed_at}"):
+            run_learner(_config(tmp_path, url, model_dir), resume=False)
 
         end = saved[-1] + 3
         finished = stalewise("learn", *_options(tmp_path, url, model_dir, f"learner.total_updates={end}"), "--resume")
@@ -150,20 +159,28 @@ def test_a_learner_waits_while_its_service_is_away_and_ends_cleanly_on_sigterm(m
 
 
 @pytest.mark.parametrize(
-    ("setting", "sentence"),
+    ("setting", "kind", "sentence"),
     [
-        ("learner.objective.name=grpoo", "there is no objective 'grpoo'"),
-        ("run.model=/nowhere", "/nowhere is neither a local model directory"),
-        ("service.url=http://127.0.0.1:9", "no answer from http://127.0.0.1:9"),
+        ("learner.objective.name=grpoo", InvalidSettings, "there is no objective 'grpoo'"),
+        ("learner.device=abacus", InvalidSettings, "learner.device='abacus' cannot be used"),
+        ("run.model=/nowhere", InvalidSettings, "/nowhere is neither a local model directory"),
+        ("service.url=http://127.0.0.1:9", ServiceUnreachable, "no answer from http://127.0.0.1:9"),
     ],
 )
-def test_a_setting_that_cannot_be_is_one_sentence_and_an_exit_code(
-    model_dir: Path, tmp_path: Path, setting: str, sentence: str
+def test_a_setting_that_cannot_be_is_one_sentence(
+    model_dir: Path, tmp_path: Path, setting: str, kind: type[StalewiseError], sentence: str
 ) -> None:
-    options = _options(tmp_path, "http://127.0.0.1:9", model_dir, "client.retry_budget_s=0", setting)
+    with serving(make_context(tmp_path / "service")) as url, pytest.raises(kind, match=f"^{sentence}"):
+        run_learner(_config(tmp_path, url, model_dir, "client.retry_budget_s=0", setting), resume=False)
 
-    ended = stalewise("learn", *options)
 
-    assert ended.returncode in {2, 3}
-    assert "Traceback" not in ended.stderr
-    assert ended.stderr.splitlines()[-1].startswith(f"stalewise: {sentence}")
+def test_another_run_and_another_model_are_refused(model_dir: Path, tmp_path: Path) -> None:
+    with serving(make_context(tmp_path / "service")) as url:
+        with pytest.raises(RunMismatch, match=f"serves run {RUN_ID}, this learner is set to run other"):
+            run_learner(_config(tmp_path, url, model_dir, "run.name=other"), resume=False)
+
+        client = ServiceClient(url, settings=NO_RETRY)
+        PublishingTable(client).advance_version(0)  # by a model of its own
+        client.close()
+        with pytest.raises(RunMismatch, match="was begun with another model or tokenizer"):
+            run_learner(_config(tmp_path, url, model_dir), resume=True)
