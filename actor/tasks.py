@@ -144,7 +144,7 @@ class ReasoningGym:
             ) from error
         if len(self._dataset) <= HELD_OUT_PROMPTS:
             raise InvalidSettings(
-                f"task option size={len(self._dataset)} leaves nothing to train on: {HELD_OUT_PROMPTS} items are held out"
+                f"task option size={len(self._dataset)} leaves nothing to train on: {HELD_OUT_PROMPTS} are held out"
             )
         self._name = name
         self._tokenizer = tokenizer
