@@ -22,7 +22,7 @@ from buffer.rate_limiter import (
     limiter_error,
     may_insert,
 )
-from buffer.selectors import Fifo, Fresh, Mix, Selector, Uniform, draw_ranks, num_fresh
+from buffer.selectors import Fifo, Fresh, Mix, Selector, Uniform, draw_lots, draw_ranks, num_fresh
 from buffer.staleness import age_updates, is_too_old
 from buffer.table import SampleRequest, TableSettings, TableStats
 from buffer.types import Group, InsertOutcome, InsertResult, PolicyVersion, Sample, SampleInfo, Split
@@ -98,6 +98,7 @@ class MemoryTable:
     def sample(self, request: SampleRequest) -> list[Sample]:
         """Hand out a draw, or [] while it must wait; see ReplayTable. Raises Conflict for a reused request_id."""
         check_request(request, self._limiter)
+        lots = draw_lots(request.selector, request.num_groups, self._rng)
         with self._lock:
             now_s = self._clock()
             repeated = self._repeated(request, now_s)
@@ -112,7 +113,7 @@ class MemoryTable:
                 self._learner_wait = refused_again(self._learner_wait, blocked, now_s)
                 self._wanted_fresh = wanted_fresh if blocked == "fresh" else self._wanted_fresh
                 return []
-            return self._draw(request, now_s)
+            return self._draw(request, lots, now_s)
 
     def advance_version(self, version: PolicyVersion) -> None:
         """Record the latest published version; see ReplayTable."""
@@ -278,9 +279,9 @@ class MemoryTable:
             raise Conflict(f"request_id {request.request_id!r} was used for another draw", hint="use a new request_id")
         return draw.samples
 
-    def _draw(self, request: SampleRequest, now_s: float) -> list[Sample]:
+    def _draw(self, request: SampleRequest, lots: list[float], now_s: float) -> list[Sample]:
         clock = max(request.learner_version, self._latest_version)
-        chosen = self._choose(request.selector, request.num_groups)
+        chosen = self._choose(request.selector, request.num_groups, lots)
         samples = [self._hand_out(self._entries[sequence], chance, clock) for sequence, chance in chosen]
         self._sampled += len(samples)
         self._learner_wait = None
@@ -288,29 +289,27 @@ class MemoryTable:
         self._draws[request.request_id] = _Draw(request, now_s, samples)
         return samples
 
-    def _choose(self, selector: Selector, num_groups: int) -> list[tuple[int, float]]:
+    def _choose(self, selector: Selector, num_groups: int, lots: list[float]) -> list[tuple[int, float]]:
         """Return (sequence number, probability) of each chosen group."""
         match selector:
             case Fifo():
                 return [(sequence, 1.0) for sequence in self._train[:num_groups]]
             case Uniform():
-                return self._choose_uniform([], num_groups)
+                return self._choose_uniform([], lots)
             case Fresh():
                 return [(sequence, 1.0) for sequence in list(self._fresh)[:num_groups]]
             case Mix(rest=rest):
                 fresh = list(self._fresh)[: num_fresh(selector, num_groups)]
-                num_rest = num_groups - len(fresh)
                 if isinstance(rest, Uniform):
-                    others = self._choose_uniform(fresh, num_rest)
+                    others = self._choose_uniform(fresh, lots)
                 else:
                     others = [(sequence, 1.0) for sequence in self._train[:num_groups] if sequence not in fresh]
-                return [(sequence, 1.0) for sequence in fresh] + others[:num_rest]
+                return [(sequence, 1.0) for sequence in fresh] + others[: num_groups - len(fresh)]
 
-    def _choose_uniform(self, taken: list[int], num_groups: int) -> list[tuple[int, float]]:
+    def _choose_uniform(self, taken: list[int], lots: list[float]) -> list[tuple[int, float]]:
         ranks = [bisect_left(self._train, sequence) for sequence in taken]
-        uniforms = [self._rng.random() for _ in range(num_groups)]
         chance = 1 / max(1, len(self._train) - len(taken))
-        return [(self._train[rank], chance) for rank in draw_ranks(ranks, len(self._train), uniforms)]
+        return [(self._train[rank], chance) for rank in draw_ranks(ranks, len(self._train), lots)]
 
     def _hand_out(self, entry: _Entry, chance: float, clock: PolicyVersion) -> Sample:
         self._uses[entry.uses] -= 1

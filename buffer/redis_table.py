@@ -17,7 +17,7 @@ from buffer.codec import decode_group, encode_group, record_hash
 from buffer.errors import Conflict, InvalidRequest, NotFound, StoreUnavailable
 from buffer.outcomes import Facts, no_fit, outcome_of, refusal, refused_at_sight
 from buffer.rate_limiter import Pace, RateLimiterSettings, check_request, check_settings, limiter_error
-from buffer.selectors import Mix, Uniform, num_fresh
+from buffer.selectors import Mix, draw_lots, num_fresh
 from buffer.table import SampleRequest, TableSettings, TableStats, Wait
 from buffer.types import Group, InsertOutcome, InsertResult, PolicyVersion, Sample, SampleInfo
 from buffer.waits import FORGET_AFTER_S, Waiting, report
@@ -152,7 +152,6 @@ class RedisTable:
     def _sample_arguments(self, request: SampleRequest) -> list[str | bytes]:
         selector = request.selector
         rest = selector.rest if isinstance(selector, Mix) else selector
-        lots = request.num_groups - num_fresh(selector, request.num_groups) if isinstance(rest, Uniform) else 0
         draw = {
             "request_id": request.request_id,
             "num_groups": request.num_groups,
@@ -161,7 +160,7 @@ class RedisTable:
             "selector": selector.kind,
             "rest": rest.kind,
         }
-        uniforms: bytes = msgpack.packb([self._rng.random() for _ in range(lots)])
+        uniforms: bytes = msgpack.packb(draw_lots(selector, request.num_groups, self._rng))
         return [json.dumps(draw), request.model_dump_json(), uniforms]
 
     def _sample(self, body: bytes, uses: bytes, age: bytes, probability: bytes) -> Sample:

@@ -1,6 +1,7 @@
 """Which groups come next: selectors as records, so that a request, a recipe and a log can all name one."""
 
 import math
+import random
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -48,6 +49,13 @@ def num_fresh(selector: Selector, num_groups: int) -> int:
             return max(1, math.floor(share * num_groups + 0.5))
         case _:
             return 0
+
+
+def draw_lots(selector: Selector, num_groups: int, rng: random.Random) -> list[float]:
+    """Return the uniform numbers in [0, 1) that a draw needs: one per group chosen by lot."""
+    rest = selector.rest if isinstance(selector, Mix) else selector
+    num_lots = num_groups - num_fresh(selector, num_groups) if isinstance(rest, Uniform) else 0
+    return [rng.random() for _ in range(num_lots)]
 
 
 def draw_ranks(taken: Sequence[int], total: int, uniforms: Sequence[float]) -> list[int]:

@@ -32,15 +32,17 @@ def report(
     learner: Waiting | None, actors: Waiting | None, *, limiter: RateLimiterSettings, pace: Pace, now_s: float
 ) -> list[Wait]:
     """Return the waits that still hold: the other side may have moved since the last refusal."""
+    actors_paced = not may_insert(limiter, pace)
     freed = {
-        "min_size": pace.sampleable >= limiter.min_size,
-        "fresh": pace.fresh >= pace.wanted_fresh,
-        "pace": may_insert(limiter, pace),
+        "min_size": pace.no_room or pace.sampleable >= limiter.min_size,
+        "fresh": pace.no_room or pace.fresh >= pace.wanted_fresh,
+        "ahead": pace.no_room or actors_paced,
+        "pace": not actors_paced,
         "capacity": not pace.no_room,
     }
     sides = {"learner": learner, "actors": actors}
     return [
         Wait(who=who, since_s=max(0.0, now_s - waiting.since_s), reason=wait_reason(waiting.code))
         for who, waiting in sides.items()
-        if waiting is not None and now_s - waiting.last_s <= FORGET_AFTER_S and not freed.get(waiting.code, False)
+        if waiting is not None and now_s - waiting.last_s <= FORGET_AFTER_S and not freed[waiting.code]
     ]
