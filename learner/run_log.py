@@ -15,11 +15,11 @@ from learner.step import Progress
 class RunLog:
     """Writes each update's metrics; a resumed run appends, and its JSON lines repeat the updates that it does again."""
 
-    def __init__(self, directory: Path, *, run_name: str, wandb_project: str | None, first_update: int) -> None:
+    def __init__(self, directory: Path, *, run_name: str, wandb_project: str | None, updates_done: int) -> None:
+        self._wandb = None if wandb_project is None else _start_wandb(wandb_project, run_name)
         directory.mkdir(parents=True, exist_ok=True)
         self._lines = (directory / "metrics.jsonl").open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=first_update)
-        self._wandb = None if wandb_project is None else _start_wandb(wandb_project, run_name)
+        self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=updates_done + 1)
 
     def write(self, progress: Progress, metrics: Mapping[str, float]) -> None:
         """Record one update; a line is on its way to the disk when this returns."""

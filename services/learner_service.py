@@ -174,7 +174,7 @@ def _open_reporter(config: RunConfig, trainer: Trainer, stack: ExitStack) -> Ser
         config.run.directory / "learner",
         run_name=config.run.name,
         wandb_project=config.learner.wandb_project,
-        first_update=trainer.progress.updates,
+        updates_done=trainer.progress.updates,
     )
     reports = config.model_copy(update={"client": REPORT_CLIENT})
     return ServiceReporter(stack.enter_context(closing(run_log)), stack.enter_context(closing(connect(reports))))

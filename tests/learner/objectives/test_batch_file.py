@@ -1,0 +1,188 @@
+"""A loss computed from a file equals the loss of the tensors, and bad files are refused in one sentence."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from buffer.errors import InvalidRequest
+from learner.objectives.batch_file import batch_tokens, evaluated, read_batch
+from learner.objectives.catalog import catalog, described
+from learner.objectives.recipes import RECIPES, build_objective
+from learner.tokens import Column, MissingColumns
+from tests.learner.objectives.batches import ROWS, Row, gradient, tokens_of
+
+VERSION = 200
+
+
+def entry(row: Row) -> dict[str, object]:
+    """A row of the common batch as the file has it, with nan behind the mask."""
+
+    def holed(values: list[float]) -> list[float]:
+        return [value if m else math.nan for value, m in zip(values, row.mask, strict=True)]
+
+    return {
+        "logprobs": holed(row.logprobs),
+        "behavior_logprobs": holed(row.behavior),
+        "mask": [bool(m) for m in row.mask],
+        "reward": row.reward,
+        "group": f"g{row.group}",
+        "episode": f"e{row.episode}",
+        "spans": [
+            {"start": t, "end": t + 1, "version": None if age < 0 else VERSION - age} for t, age in enumerate(row.ages)
+        ],
+        "columns": {
+            "unit_logprobs": holed(row.unit),
+            "reference_logprobs": holed(row.reference),
+            "proximal_logprobs": holed(row.proximal),
+            "first_logit": row.first_logit,
+            "reference_first_logit": row.reference_first_logit,
+        },
+    }
+
+
+def written(tmp_path: Path, batch: object) -> Path:
+    path = tmp_path / "batch.json"
+    path.write_text(batch if isinstance(batch, str) else json.dumps(batch))
+    return path
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_a_file_gives_the_loss_and_gradients_of_its_tensors(name: str, tmp_path: Path) -> None:
+    path = written(tmp_path, {"learner_version": VERSION, "trajectories": [entry(row) for row in ROWS]})
+    tokens, objective = tokens_of(), build_objective(name, {})
+    loss = objective(tokens, objective.initial_multipliers())
+
+    found = evaluated(name, {}, path)
+
+    assert found["loss"] == pytest.approx(loss.total.item(), rel=1e-6)
+    wanted = gradient(loss.total, tokens.logprobs)
+    gradients = found["gradients"]
+    assert isinstance(gradients, dict)
+    for i, row in enumerate(ROWS):
+        assert gradients["logprobs"][i] == pytest.approx(wanted[i, : len(row.mask)].tolist(), rel=1e-5, abs=1e-8)
+    if Column.FIRST_LOGIT in objective.columns:
+        by_logit = gradient(loss.total, tokens.columns[Column.FIRST_LOGIT])
+        assert gradients["first_logit"] == pytest.approx(by_logit.tolist(), rel=1e-5)
+    json.dumps(found, allow_nan=False)
+
+
+def test_ages_groups_and_episodes_come_from_the_file(tmp_path: Path) -> None:
+    path = written(tmp_path, {"learner_version": VERSION, "trajectories": [entry(row) for row in ROWS]})
+
+    tokens, expected = batch_tokens(read_batch(path)), tokens_of()
+
+    for name in ("mask", "rewards", "group", "episode"):
+        assert getattr(tokens, name).tolist() == getattr(expected, name).tolist()
+    assert tokens.age_updates[tokens.mask].tolist() == expected.age_updates[expected.mask].tolist()
+
+
+def test_logits_give_the_worked_numbers_of_reval(tmp_path: Path) -> None:
+    def trajectory(ids: list[int], logits: list[list[float]], reference: list[list[float]], reward: float) -> object:
+        return {
+            "token_ids": ids,
+            "logits": logits,
+            "reference_logits": reference,
+            "behavior_logprobs": [-1.0, -1.0],
+            "reward": reward,
+            "group": f"g{ids}",
+        }
+
+    first = trajectory([0, 2], [[0.5, -0.2, 0.1], [1.0, 0.0, -1.0]], [[0.2, 0.1, 0.0], [0.4, 0.3, -0.2]], 1.0)
+    second = trajectory([1, 1], [[0.5, -0.2, 0.1], [0.3, 0.6, -0.4]], [[0.2, 0.1, 0.0], [0.0, 0.5, 0.1]], 0.0)
+
+    found = evaluated("reval", {"beta": 0.5, "centring": "none"}, written(tmp_path, {"trajectories": [first, second]}))
+
+    assert found["loss"] == pytest.approx(3.431054, abs=2e-6)
+    gradients = found["gradients"]
+    assert isinstance(gradients, dict)
+    assert gradients["first_logit"] == pytest.approx([-2.610030, -0.223277], abs=2e-6)
+
+
+def test_temperature_applies_to_ratios_and_not_to_the_unit_column(tmp_path: Path) -> None:
+    batch = {
+        "trajectories": [
+            {
+                "token_ids": [1],
+                "logits": [[0.0, math.log(4.0)]],
+                "behavior_logprobs": [-1.0],
+                "reward": 1,
+                "group": "g",
+                "temperature": 2.0,
+            }
+        ]
+    }
+
+    tokens = batch_tokens(read_batch(written(tmp_path, batch)))
+
+    assert tokens.logprobs.item() == pytest.approx(math.log(2 / 3), abs=1e-6)
+    assert tokens.columns[Column.UNIT_LOGPROBS].item() == pytest.approx(math.log(4 / 5), abs=1e-6)
+    assert tokens.columns[Column.SUM_SQUARED_PROBS].item() == pytest.approx(5 / 9, abs=1e-6)
+    entropy = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3))
+    assert tokens.columns[Column.ENTROPY].item() == pytest.approx(entropy, abs=1e-6)
+
+
+GOOD: dict[str, object] = {"logprobs": [-1.0, -2.0], "behavior_logprobs": [-1.0, -2.0], "reward": 1, "group": "g"}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"logprobs": [-1.0]}, "logprobs has 1 entries for 2"),
+        ({"logits": [[0.0], [0.0]]}, "give either logprobs or logits"),
+        ({"logprobs": None}, "give either logprobs or logits"),
+        ({"reference_logits": [[0.0], [0.0]]}, "logits need token_ids"),
+        ({"reference_logits": [[0.0], [0.0]], "token_ids": [0, 1]}, "token_ids below it"),
+        ({"reference_logits": [[0.0], [0.0, 1.0]], "token_ids": [0, 0]}, "one width"),
+        ({"mask": [False, False]}, "no token is trained"),
+        ({"columns": {"first_logit": [1.0, 2.0]}}, "columns.first_logit must be one number"),
+        ({"columns": {"entropy": 1.0}}, "columns.entropy must be a list"),
+        ({"columns": {"entropy": [1.0]}}, "columns.entropy has 1 entries for 2"),
+        ({"spans": [{"start": 0, "end": 1, "version": 3}]}, "spans must tile"),
+        ({"rewards": 1}, "rewards: Extra inputs"),
+        ({"reward": "much"}, "reward: .*number"),
+    ],
+)
+def test_a_bad_trajectory_is_refused_in_one_sentence(change: dict[str, object], sentence: str, tmp_path: Path) -> None:
+    path = written(tmp_path, {"trajectories": [{**GOOD, **change}]})
+
+    with pytest.raises(InvalidRequest, match=sentence) as refusal:
+        batch_tokens(read_batch(path))
+
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(("text", "sentence"), [("{", "is not JSON"), ("{}", "trajectories: Field required")])
+def test_a_bad_file_is_refused_in_one_sentence(text: str, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match=sentence):
+        read_batch(written(tmp_path, text))
+
+
+def test_a_file_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"nothing.json cannot be read: No such file"):
+        read_batch(tmp_path / "nothing.json")
+
+
+def test_a_column_that_the_file_lacks_is_named(tmp_path: Path) -> None:
+    path = written(tmp_path, {"trajectories": [GOOD]})
+
+    with pytest.raises(MissingColumns, match="proximal_logprobs"):
+        evaluated("icepop", {}, path)
+
+
+def test_the_catalog_lists_every_recipe_and_describes_each_option() -> None:
+    assert [row.name for row in catalog()] == list(RECIPES)
+    for name, recipe in RECIPES.items():
+        text = described(name)
+        assert recipe.sentence in text
+        assert all(f"  {option} = " in text for option in recipe.model_fields)
+
+
+def test_the_example_in_the_docs_is_true(tmp_path: Path) -> None:
+    docs = (Path(__file__).parents[3] / "docs" / "objectives.md").read_text()
+    example = docs.split("```json\n")[1].split("```")[0]
+
+    found = evaluated("tis", {"advantage": "none"}, written(tmp_path, example))
+
+    assert f"{found['loss']:.6f}" in docs

@@ -1,0 +1,37 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]  # it has no types
+    EventAccumulator,
+)
+
+from buffer.errors import InvalidSettings
+from learner.run_log import RunLog
+from learner.step import Progress
+
+
+def test_a_resumed_run_appends_and_tensorboard_forgets_the_updates_done_again(tmp_path: Path) -> None:
+    for first, rewards in ((0, (0.1, 0.2, 0.3)), (1, (0.7, 0.8))):
+        log = RunLog(tmp_path, run_name="run", wandb_project=None, updates_done=first)
+        for offset, reward in enumerate(rewards, start=1):
+            log.write(Progress(updates=first + offset, clock=first + offset + 10), {"reward/mean": reward})
+        log.close()
+
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0] == {"updates": 1, "version": 11, "reward/mean": 0.1}
+    assert [line["updates"] for line in lines] == [1, 2, 3, 2, 3]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    scalars = [(event.step, round(event.value, 3)) for event in events.Scalars("reward/mean")]
+    assert scalars == [(1, 0.1), (2, 0.7), (3, 0.8)]
+
+
+def test_weights_and_biases_that_is_not_installed_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # what Python itself does for a missing package
+
+    with pytest.raises(InvalidSettings, match=r"learner.wandb_project='p' but wandb is not installed.*pip install"):
+        RunLog(tmp_path, run_name="run", wandb_project="p", updates_done=0)
