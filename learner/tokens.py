@@ -34,6 +34,10 @@ class Column(StrEnum):
     SUM_SQUARED_PROBS = "sum_squared_probs"
 
 
+PER_TRAJECTORY = frozenset({Column.FIRST_LOGIT, Column.REFERENCE_FIRST_LOGIT})
+"""Columns [B]; the others are [B, T]."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokens:
     """One batch. Differentiable: `logprobs`, and the columns `unit_logprobs` and `first_logit`."""
@@ -95,7 +99,7 @@ def cleaned(tokens: Tokens, columns: Collection[Column]) -> Tokens:
     if missing := sorted(set(columns) - set(tokens.columns)):
         raise MissingColumns(
             f"this objective needs the columns {', '.join(missing)}, which the batch does not have",
-            hint="compute them in the learner's forward pass",
+            hint="ask the forward pass, or give them in the batch file",
         )
     trained_rows = tokens.mask.any(-1)
     fields = {

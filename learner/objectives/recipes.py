@@ -239,14 +239,19 @@ RECIPES: dict[str, type[Recipe]] = {
 }
 
 
+def recipe_named(name: str) -> type[Recipe]:
+    """Return a registered recipe. Raises InvalidSettings for an unknown name."""
+    if name not in RECIPES:
+        raise InvalidSettings(f"there is no objective {name!r}", hint=f"choose one of {', '.join(sorted(RECIPES))}")
+    return RECIPES[name]
+
+
 def build_objective(name: str, options: Mapping[str, object]) -> Objective:
     """Build the recipe `name` with its options; those left out keep their defaults.
 
     Raises InvalidSettings for an unknown name, an unknown option, or a value that is out of bounds.
     """
-    recipe = RECIPES.get(name)
-    if recipe is None:
-        raise InvalidSettings(f"there is no objective {name!r}", hint=f"choose one of {', '.join(sorted(RECIPES))}")
+    recipe = recipe_named(name)
     try:
         return recipe.model_validate(dict(options)).objective()
     except ValidationError as error:
