@@ -7,6 +7,8 @@ log in runs/<name>/logs. A process that dies is started again, a few times, and 
 import itertools
 import json
 import os
+import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -38,6 +40,7 @@ def run_demo(config: RunConfig, *, arguments: Sequence[str]) -> Summary:
     `arguments` are the --config and --set options that made `config`: the processes are started with the same.
     Raises ChildFailed when a process dies too often, and what evaluation and report raise.
     """
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # leave through the clean-up, as at Ctrl-C
     name = _new_run(config.run)
     config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
     arguments = [*arguments, "--set", f"run.name={json.dumps(name)}"]
