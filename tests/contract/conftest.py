@@ -1,15 +1,16 @@
-"""One suite for every table: in memory, on a real Redis, and behind the HTTP service."""
+"""One suite for every table: in memory, on a real Redis, and behind the HTTP service on a real socket."""
 
 import itertools
 import random
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Protocol
 
 import pytest
+import redis
 
-from buffer.client import ServiceClient
+from buffer.connection import ServiceClient
 from buffer.memory_table import MemoryTable
 from buffer.rate_limiter import RateLimiterSettings
 from buffer.redis_server import connect
@@ -30,34 +31,37 @@ class TableFactory(Protocol):
     ) -> ReplayTable: ...
 
 
-@pytest.fixture(params=["memory", "redis", "http"])
-def make_table(request: pytest.FixtureRequest, clock: Clock, tmp_path: Path) -> Iterator[TableFactory]:
-    """Return a function that makes an empty table, of which `latest_version` is published."""
-    kind: str = request.param
-    client = connect(request.getfixturevalue("redis_url")) if kind == "redis" else None
-    open_services, numbers = ExitStack(), itertools.count()
+class MakeTable:
+    """Makes empty tables of one kind, of which `latest_version` is published."""
 
-    def make(
-        settings: TableSettings = DEFAULTS, limiter: RateLimiterSettings = OPEN, *, latest_version: int = 0
+    def __init__(self, kind: str, client: redis.Redis | None, clock: Clock, directory: Path, stack: ExitStack) -> None:
+        self._kind, self._client, self._clock, self._stack = kind, client, clock, stack
+        self._directories = (directory / str(number) for number in itertools.count())
+
+    def __call__(
+        self, settings: TableSettings = DEFAULTS, limiter: RateLimiterSettings = OPEN, *, latest_version: int = 0
     ) -> ReplayTable:
-        table: ReplayTable
-        rng = random.Random(7)
-        if client is None:
-            table = MemoryTable(settings, limiter, RUN_ID, clock=clock, rng=rng)
-        else:
-            client.flushdb()
-            table = RedisTable(client, settings, limiter, RUN_ID, clock=clock, rng=rng)
-        if kind == "http":
-            context = make_context(tmp_path / str(next(numbers)), table, table_settings=settings, limiter=limiter)
-            service = ServiceClient(open_services.enter_context(serving(context)), settings=NO_RETRY)
-            open_services.callback(service.close)
-            table = PublishingTable(service)
+        table = self._local(settings, limiter)
+        if self._kind == "http":
+            context = make_context(next(self._directories), table, table_settings=settings, limiter=limiter)
+            url = self._stack.enter_context(serving(context))
+            table = PublishingTable(self._stack.enter_context(closing(ServiceClient(url, settings=NO_RETRY))))
         if latest_version >= 0:
             table.advance_version(latest_version)
         return table
 
-    with open_services:
-        yield make
-    if client is not None:
-        client.flushdb()
-        client.close()
+    def _local(self, settings: TableSettings, limiter: RateLimiterSettings) -> ReplayTable:
+        rng = random.Random(7)
+        if self._client is None:
+            return MemoryTable(settings, limiter, RUN_ID, clock=self._clock, rng=rng)
+        self._client.flushdb()
+        return RedisTable(self._client, settings, limiter, RUN_ID, clock=self._clock, rng=rng)
+
+
+@pytest.fixture(params=["memory", "redis", "http"])
+def make_table(request: pytest.FixtureRequest, clock: Clock, tmp_path: Path) -> Iterator[TableFactory]:
+    """Return a function that makes an empty table; the table behind HTTP is one on Redis."""
+    kind: str = request.param
+    with ExitStack() as stack:
+        client = None if kind == "memory" else stack.enter_context(connect(request.getfixturevalue("redis_url")))
+        yield MakeTable(kind, client, clock, tmp_path, stack)
