@@ -178,6 +178,8 @@ def decode(raw: bytes, media_type: str) -> Any:
 
 def parse(model: type[M], value: object) -> M:
     """Validate a decoded body. Raises InvalidRequest with one sentence that names the field."""
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"the body is a {type(value).__name__}, not a map of fields")
     try:
         return model.model_validate(value)
     except ValidationError as error:

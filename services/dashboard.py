@@ -10,7 +10,7 @@ from buffer.errors import NotFound
 from services.operations import Operation
 
 _MEDIA_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
-_POLICY = "default-src 'self'; frame-ancestors 'none'"
+_POLICY = "default-src 'self'; img-src data:; frame-ancestors 'none'"
 
 
 def page_operations() -> Sequence[Operation]:

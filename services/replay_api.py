@@ -51,6 +51,9 @@ _HINTS: Mapping[int, str] = {
     429: "wait for Retry-After seconds and send the same groups again",
 }
 
+_LONGEST_POLL_S = 0.25
+"""A draw that waits long is looked at less often, so that many waiting ones do not keep the store busy."""
+
 Identity = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$")]
 
 
@@ -91,11 +94,12 @@ def _table_operations(context: ServiceContext) -> Sequence[Operation]:
         raw = await read_body(request, max_bytes=settings.max_body_bytes)
         timed = parse(TimedSampleRequest, decode(raw, media_type))
         draw = SampleRequest(**{name: value for name, value in timed if name != "timeout_s"})
-        deadline = context.monotonic() + timed.timeout_s
+        started_s = context.monotonic()
         while not (samples := await run_in_threadpool(table.sample, draw)):
-            if context.monotonic() >= deadline or context.closing.is_set() or await request.is_disconnected():
+            waited_s = context.monotonic() - started_s
+            if waited_s >= timed.timeout_s or context.closing.is_set() or await request.is_disconnected():
                 break
-            await asyncio.sleep(settings.poll_s)
+            await asyncio.sleep(min(max(settings.poll_s, waited_s / 10), _LONGEST_POLL_S))
         return StreamingResponse(sample_chunks(samples, wanted), media_type=wanted)
 
     async def get_group(request: Request, group_id: Identity) -> Response:

@@ -26,6 +26,7 @@ Version = Annotated[int, Path(ge=0)]
 
 def weight_operations(context: ServiceContext) -> Sequence[Operation]:
     """Return the weights operations of one service; `latest` precedes `{version}`."""
+    bell = _VersionBell(context)
     weights, settings, run_id = context.weights, context.settings, context.run_id
 
     async def put_blob(request: Request, sha256: BlobName) -> Response:
@@ -54,14 +55,14 @@ def weight_operations(context: ServiceContext) -> Sequence[Operation]:
     ) -> Response:
         """Return the latest manifest once its version is above `after`; 204 when none came within `wait_s`."""
         media_type = wanted_media_type(request)
-        deadline = context.monotonic() + wait_s
-        while True:
-            manifest = await run_in_threadpool(weights.latest, after=after)
-            if manifest is not None:
-                return answer(manifest, media_type)
-            if context.monotonic() >= deadline or context.closing.is_set() or await request.is_disconnected():
+        deadline_s = context.monotonic() + wait_s
+        while (version := await run_in_threadpool(weights.latest_version)) <= after:
+            left_s = deadline_s - context.monotonic()
+            if left_s <= 0 or context.closing.is_set():
                 return Response(status_code=204)
-            await asyncio.sleep(settings.poll_s)
+            await bell.wait(version, left_s)
+        manifest = await run_in_threadpool(weights.latest, after=after)
+        return Response(status_code=204) if manifest is None else answer(manifest, media_type)
 
     async def manifest_of(request: Request, version: Version) -> Response:
         """Return one version's manifest."""
@@ -107,6 +108,29 @@ def weight_operations(context: ServiceContext) -> Sequence[Operation]:
             problems=(404, 406, 422, 503),
         ),
     )
+
+
+class _VersionBell:
+    """Wakes all requests that wait for a version; one look at the store per poll_s, however many wait."""
+
+    def __init__(self, context: ServiceContext) -> None:
+        self._context = context
+        self._watch: asyncio.Task[None] | None = None
+
+    async def wait(self, version: int, timeout_s: float) -> None:
+        """Return when another version than `version` is published, the service drains, or the time is over.
+
+        A watch that another request began looks for a change from the same version, or ends at its next look.
+        """
+        if self._watch is None or self._watch.done():
+            self._watch = asyncio.create_task(self._change_from(version))
+        await asyncio.wait({self._watch}, timeout=timeout_s)
+
+    async def _change_from(self, version: int) -> None:
+        while not self._context.closing.is_set():
+            await asyncio.sleep(self._context.settings.poll_s)
+            if await run_in_threadpool(self._context.weights.latest_version) != version:
+                return
 
 
 def _file_response(request: Request, path: FilePath, *, etag: str) -> Response:
