@@ -89,6 +89,20 @@ def demo(
     run_demo(settings, arguments=_arguments(config, overrides))
 
 
+@app.command("make-model")
+def make_tiny_model(
+    out_dir: Annotated[Path, typer.Argument(help="Directory to write, such as models/mine.")],
+    seed: Annotated[int, typer.Option("--seed", help="Of the first weights and of the teacher.")] = 0,
+    warmup_steps: Annotated[
+        int | None, typer.Option("--warmup-steps", help="Supervised steps; default: what the demo's model had.")
+    ] = None,
+) -> None:
+    """Make the demo's tiny model: config, tokenizer, and weights that imitate a teacher who slips."""
+    from services.make_model import WARMUP_STEPS, make_model
+
+    make_model(out_dir, seed=seed, warmup_steps=WARMUP_STEPS if warmup_steps is None else warmup_steps)
+
+
 @app.command()
 def stats(
     config: Config = None,

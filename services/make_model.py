@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2Tokenizer
 
 from actor.evaluate import held_out_accuracy
 from actor.settings import ActorSettings
@@ -84,14 +84,15 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2Config:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer of single characters: <pad>, <eos>, then CHARACTERS; any other character becomes <pad>."""
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", *CHARACTERS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", clean_up_tokenization_spaces=False
-    )
+    """Return a tokenizer of single characters: <pad>, <eos>, then CHARACTERS; other characters vanish.
+
+    It is a Qwen2Tokenizer without merges, because AutoTokenizer reads the files of a Qwen2 model with that class
+    whatever class wrote them, and another pre-tokenizer would lose its spaces that way.
+    """
+    byte_level = ByteLevel(add_prefix_space=False)  # how the class writes characters: a space is U+0120
+    characters = [byte_level.pre_tokenize_str(character)[0][0] for character in CHARACTERS]
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", *characters])}
+    return Qwen2Tokenizer(vocab=vocabulary, merges=[], unk_token="<pad>", pad_token="<pad>", eos_token="<eos>")
 
 
 def warm_up(model: PreTrainedModel, task: RunningSums, *, steps: int, rng: np.random.Generator) -> None:
