@@ -1,13 +1,16 @@
 """Small valid records made by hand: a test names the fields that matter to it, the rest is unremarkable."""
 
 from collections.abc import Sequence
+from hashlib import sha256
 
 import numpy as np
 
-from buffer.types import FinishReason, Group, SamplingSettings, Split, Trajectory, VersionSpan
+from buffer.types import FinishReason, Group, PolicyVersion, SamplingSettings, Split, Trajectory, VersionSpan
+from buffer.weights.manifest import Manifest, Payload, Probe
 
 UNTRUNCATED = SamplingSettings(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)
 RUN_ID = "test-run"
+PAYLOAD = b"not really tensors"
 
 
 def make_trajectory(
@@ -77,3 +80,17 @@ def make_group(
             for i, reward in enumerate(rewards)
         ]
     return Group(run_id=run_id, group_id=group_id, prompt_id=prompt_id, split=split, trajectories=tuple(trajectories))
+
+
+def make_manifest(version: PolicyVersion, *, payload: bytes = PAYLOAD, run_id: str = RUN_ID) -> Manifest:
+    """Return a manifest of one payload; its probe is arbitrary."""
+    return Manifest(
+        run_id=run_id,
+        version=version,
+        created_s=1.5,
+        model_fingerprint=sha256(b"model").hexdigest(),
+        payloads=(Payload(kind="keyframe", sha256=sha256(payload).hexdigest(), size_bytes=len(payload)),),
+        probe=Probe(
+            token_ids=np.asarray([1, 2, 3], np.int32), logprobs=np.asarray([-0.5, -1.25], np.float32), tolerance=0.1
+        ),
+    )

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
-import numpy as np
 import uvicorn
 
 from buffer.client import HttpTable, HttpWeightStore
@@ -19,15 +18,13 @@ from buffer.rate_limiter import RateLimiterSettings
 from buffer.table import ReplayTable, TableSettings
 from buffer.types import PolicyVersion
 from buffer.weights.directory_store import DirectoryWeightStore
-from buffer.weights.manifest import Manifest, Payload, Probe
 from services.address import read_address
 from services.context import ServiceContext, ServiceSettings
 from services.presence import MemoryBoard, Presence
 from services.replay_api import create_app
 from services.security import Guard
-from tests.factories import RUN_ID
+from tests.factories import PAYLOAD, RUN_ID, make_manifest
 
-PAYLOAD = b"not really tensors"
 SERVICE, TABLE, LIMITER = ServiceSettings(), TableSettings(), RateLimiterSettings()
 NO_RETRY = ClientSettings(retry_budget_s=0.0, read_timeout_s=20.0)
 
@@ -70,20 +67,6 @@ def serving(context: ServiceContext) -> Iterator[str]:
         context.closing.set()
         server.should_exit = True
         thread.join()
-
-
-def make_manifest(version: PolicyVersion, *, payload: bytes = PAYLOAD, run_id: str = RUN_ID) -> Manifest:
-    """Return a manifest of one payload; its probe is arbitrary."""
-    return Manifest(
-        run_id=run_id,
-        version=version,
-        created_s=1.5,
-        model_fingerprint=sha256(b"model").hexdigest(),
-        payloads=(Payload(kind="keyframe", sha256=sha256(payload).hexdigest(), size_bytes=len(payload)),),
-        probe=Probe(
-            token_ids=np.asarray([1, 2, 3], np.int32), logprobs=np.asarray([-0.5, -1.25], np.float32), tolerance=0.1
-        ),
-    )
 
 
 class PublishingTable(HttpTable):
