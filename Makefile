@@ -6,7 +6,7 @@ export OMP_NUM_THREADS := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test lint format types imports check
+.PHONY: setup demo test lint format types imports check setup-vllm test-vllm
 
 setup: $(VENV)/.done
 
@@ -33,3 +33,15 @@ imports: setup
 	$(BIN)/lint-imports
 
 check: lint types imports test
+
+# vLLM pins other versions than ours: an environment of its own, on its CPU build
+VENV_VLLM := .venv-vllm
+
+setup-vllm: $(VENV_VLLM)/.done
+
+$(VENV_VLLM)/.done: pyproject.toml constraints-vllm.txt scripts/setup-vllm
+	scripts/setup-vllm $(PYTHON) $(VENV_VLLM)
+
+# the service of the end-to-end test runs from .venv; the fixtures of the other tests need what is not installed here
+test-vllm: setup setup-vllm
+	$(VENV_VLLM)/bin/pytest tests/vllm --confcutdir=tests/vllm

@@ -16,9 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, 
 from actor.engine import Completion
 from actor.settings import VllmSettings
 from actor.vllm_engine import VllmEngine
+from buffer.types import Trajectory
 from tests.factories import UNTRUNCATED
 
 MAX_MODEL_TOKENS = 128
+VOCABULARY = 48
 END_ID = 1
 
 
@@ -34,40 +36,51 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
-    """An engine and the policy versions it can be given: version v has the weights v % 2."""
+class Policies:
+    """Two sets of weights of one model; version v has the weights v % 2."""
 
-    engine: VllmEngine
-    policies: tuple[PreTrainedModel, PreTrainedModel]
-    files: tuple[Path, Path]
+    models: tuple[PreTrainedModel, PreTrainedModel]
+    directories: tuple[Path, Path]
 
-    def load(self, version: int) -> None:
-        """Load the weights of a version into the engine."""
-        self.engine.load(self.files[version % 2], version)
+    def file(self, version: int) -> Path:
+        """Return the safetensors file of a version."""
+        return self.directories[version % 2] / "model.safetensors"
 
     def logits(self, token_ids: npt.NDArray[np.int32], version: int) -> torch.Tensor:
         """Return transformers' logits [N, V] for a sequence under a version."""
         with torch.no_grad():
-            logits: torch.Tensor = self.policies[version % 2](
-                torch.from_numpy(token_ids.astype(np.int64))[None]
-            ).logits[0]
-        return logits
+            logits: torch.Tensor = self.models[version % 2](torch.from_numpy(token_ids.astype(np.int64))[None]).logits
+        return logits[0]
 
-    def recompute(self, prompt_ids: npt.NDArray[np.int32], drawn: Completion, temperature: float) -> torch.Tensor:
+    def recompute(
+        self, prompt_ids: npt.NDArray[np.int32], drawn: Completion | Trajectory, temperature: float
+    ) -> npt.NDArray[np.float32]:
         """Return each response token's log-prob [T] under the version that its span names, over the kept ids."""
         sequence = np.concatenate([prompt_ids, drawn.response_ids])
-        logprobs = []
+        logprobs = np.zeros(len(drawn.response_ids), np.float32)
         for span in drawn.spans:
             assert span.version is not None
             logits = self.logits(sequence, span.version)[len(prompt_ids) - 1 : -1] / temperature
             for position in range(span.start, span.end):
                 kept = kept_at(drawn, position)
                 support = logits[position] if kept is None else logits[position][kept]
-                logprobs.append(logits[position, drawn.response_ids[position]] - support.logsumexp(-1))
-        return torch.stack(logprobs)
+                logprobs[position] = logits[position, drawn.response_ids[position]] - support.logsumexp(-1)
+        return logprobs
 
 
-def kept_at(drawn: Completion, position: int) -> list[int] | None:
+@dataclass(frozen=True, slots=True)
+class Served:
+    """An engine and the policies it can be given."""
+
+    engine: VllmEngine
+    policies: Policies
+
+    def load(self, version: int) -> None:
+        """Load the weights of a version into the engine."""
+        self.engine.load(self.policies.file(version), version)
+
+
+def kept_at(drawn: Completion | Trajectory, position: int) -> list[int] | None:
     """Return the ids that truncated sampling kept for one token; None when nothing was cut."""
     if drawn.kept_token_ids is None or drawn.kept_token_counts is None:
         return None
@@ -76,14 +89,20 @@ def kept_at(drawn: Completion, position: int) -> list[int] | None:
     return ids
 
 
-def make_policy(directory: Path, *, tied: bool, seed: int) -> PreTrainedModel:
-    """Make a Qwen2 with large random weights and biases, so that a wrong layer shows in nats, and save it."""
+def make_policies(directories: tuple[Path, Path], *, tied: bool) -> Policies:
+    """Make two Qwen2 models with large random weights and biases, so that a wrong layer shows in nats."""
+    torch.set_num_threads(1)
+    first, second = (_make_model(directory, tied=tied, seed=seed) for seed, directory in enumerate(directories))
+    return Policies((first, second), directories)
+
+
+def _make_model(directory: Path, *, tied: bool, seed: int) -> PreTrainedModel:
     config = Qwen2Config(
-        vocab_size=48,
+        vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
-        num_attention_heads=2,
+        num_attention_heads=2,  # 32 wide: the smallest head that vLLM's CPU build knows
         num_key_value_heads=1,
         max_position_embeddings=MAX_MODEL_TOKENS,
         tie_word_embeddings=tied,
@@ -93,26 +112,24 @@ def make_policy(directory: Path, *, tied: bool, seed: int) -> PreTrainedModel:
         dtype="float32",
     )
     torch.manual_seed(seed)
-    policy = Qwen2ForCausalLM(config).eval()
+    model = Qwen2ForCausalLM(config).eval()
     with torch.no_grad():
-        for name, parameter in policy.named_parameters():
+        for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(0, 0.5)
-    policy.save_pretrained(directory)
-    vocabulary = {"<bos>": 0, "<eos>": END_ID} | {str(token_id): token_id for token_id in range(2, 48)}
-    words = Tokenizer(WordLevel(vocabulary, unk_token="<bos>"))
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>").save_pretrained(directory)
-    return policy
+    model.save_pretrained(directory)
+    words = ["<bos>", "<eos>", *"0123456789=", *(f"word{i}" for i in range(VOCABULARY - 13))]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<bos>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(directory)
+    return model
 
 
 @pytest.fixture(scope="session", params=["tied", "untied"])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
-    """Start vLLM on a directory without weights; versions 0 and 1 can be loaded."""
-    torch.set_num_threads(1)
-    directories = tuple(tmp_path_factory.mktemp(f"{request.param}_{seed}") for seed in (0, 1))
-    policies = tuple(make_policy(d, tied=request.param == "tied", seed=seed) for seed, d in enumerate(directories))
-    files = tuple(d / "model.safetensors" for d in directories)
+    """Start vLLM on a directory without weights; any version can be loaded."""
+    directories = tmp_path_factory.mktemp(f"{request.param}_0"), tmp_path_factory.mktemp(f"{request.param}_1")
+    policies = make_policies(directories, tied=request.param == "tied")
     without_weights = tmp_path_factory.mktemp(f"{request.param}_config")
     shutil.copytree(directories[0], without_weights, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
     engine = VllmEngine(without_weights, VllmSettings(dtype="float32"), sampling=UNTRUNCATED, seed=7)
-    return Served(engine, (policies[0], policies[1]), (files[0], files[1]))
+    return Served(engine, policies)

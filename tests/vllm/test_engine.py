@@ -34,8 +34,8 @@ def assert_logprobs_are_those_of_the_spans(
     served: Served, requests: list[GenerationRequest], drawn: list[Completion]
 ) -> None:
     for request, completion in zip(requests, drawn, strict=True):
-        expected = served.recompute(request.prompt_ids, completion, request.sampling.temperature)
-        difference = np.abs(completion.behavior_logprobs - expected.numpy()).max()
+        expected = served.policies.recompute(request.prompt_ids, completion, request.sampling.temperature)
+        difference = np.abs(completion.behavior_logprobs - expected).max()
         assert difference < TOLERANCE_NATS
 
 
@@ -64,7 +64,7 @@ def test_kept_ids_are_the_top_k_of_transformers(served: Served) -> None:
     (drawn,) = served.engine.generate([request])
 
     sequence = np.concatenate([request.prompt_ids, drawn.response_ids])
-    expected = served.logits(sequence, 0)[len(request.prompt_ids) - 1 : -1].topk(5).indices.tolist()
+    expected = served.policies.logits(sequence, 0)[len(request.prompt_ids) - 1 : -1].topk(5).indices.tolist()
     kept = [kept_at(drawn, position) or [] for position in range(len(drawn.response_ids))]
     assert [sorted(ids) for ids in kept] == [sorted(ids) for ids in expected]
 
@@ -75,7 +75,7 @@ def test_top_k_1_is_greedy_decoding_of_the_loaded_version(served: Served) -> Non
         for request in requests_for(GREEDY, num=4):
             (drawn,) = served.engine.generate([request])
 
-            sequence = served.policies[version].generate(
+            sequence = served.policies.models[version].generate(
                 torch.from_numpy(request.prompt_ids.astype(np.int64))[None], do_sample=False, max_new_tokens=24
             )[0]
             assert drawn.response_ids.tolist() == sequence[len(request.prompt_ids) :].tolist()
@@ -120,7 +120,7 @@ def test_a_probe_is_scored_at_temperature_1_while_another_thread_generates(serve
     scores = served.engine.score(PROBE_IDS)
     generator.join()
 
-    logprobs = served.logits(PROBE_IDS, 1)[:-1].log_softmax(-1)
+    logprobs = served.policies.logits(PROBE_IDS, 1)[:-1].log_softmax(-1)
     expected = logprobs[torch.arange(len(PROBE_IDS) - 1), PROBE_IDS[1:].tolist()]
     assert scores.dtype == np.float32
     assert np.abs(scores - expected.numpy()).max() < TOLERANCE_NATS
@@ -132,7 +132,7 @@ def test_the_probe_catches_a_load_with_one_wrong_tensor(
     served.load(0)
     probe = Probe(token_ids=PROBE_IDS, logprobs=served.engine.score(PROBE_IDS), tolerance=0.05)
     name = "model.layers.1.mlp.down_proj.weight"
-    wrong = load_file(served.files[0]) | {name: load_file(served.files[1])[name]}
+    wrong = load_file(served.policies.file(0)) | {name: load_file(served.policies.file(1))[name]}
     path = tmp_path_factory.mktemp("wrong") / "wrong.safetensors"
     save_file(wrong, path)
 
@@ -155,7 +155,7 @@ def test_a_file_that_is_not_this_model_is_named_and_the_old_weights_stay(
     served: Served, tmp_path_factory: pytest.TempPathFactory, damage: str, message: str
 ) -> None:
     served.load(0)
-    tensors = load_file(served.files[1])
+    tensors = load_file(served.policies.file(1))
     path = tmp_path_factory.mktemp("damaged") / "damaged.safetensors"
     if damage == "missing":
         del tensors["model.norm.weight"]
