@@ -101,7 +101,8 @@ def sentence(record: object, error: ValidationError) -> str:
     first = errors[0]
     message = first["msg"].removeprefix("Value error, ")
     path = ".".join(str(step) for step in first["loc"])
-    sentence = f"{path}: {message[0].lower()}{message[1:]}" if path else message
+    message = message[0].lower() + message[1:]
+    sentence = f"{path}: {message}" if path else message
     if first["type"] != "missing" and not isinstance(first["input"], Mapping):
         sentence += f", got {_shown(first['input'])}"
     if len(errors) > 1:

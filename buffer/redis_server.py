@@ -33,6 +33,9 @@ _FSYNC = ("always", "everysec", "no")  # the strongest promise first
 
 _STOP_TIMEOUT_S = 30.0
 
+_FIRST_PRIVATE_FD = 10
+"""The guard uses the numbers below for itself: it would close a lock among them."""
+
 _GUARD = """
 exec 3<&0
 "$@" &
@@ -151,7 +154,9 @@ def _options(directory: Path, socket: Path, settings: RedisSettings) -> list[str
 @contextmanager
 def _locked(directory: Path, timeout_s: float) -> Iterator[int]:
     """Hold the lock of the directory; wait for a Redis whose parent was killed and that is about to end."""
-    lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    opened = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    lock = fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, _FIRST_PRIVATE_FD)
+    os.close(opened)
     deadline = time.monotonic() + min(timeout_s, 15.0)
     try:
         while True:

@@ -4,6 +4,7 @@
 -- ARGV[3] the version
 -- Returns 1 when more overdue groups may be left: call again.
 
+work_in_full_memory()
 if tonumber(ARGV[3]) > latest_version() then
   redis.call('HSET', key('stats'), 'latest_version', ARGV[3])
 end

@@ -139,8 +139,7 @@ local remembered = remembered_draw()
 if remembered then
   return remembered[1] == ARGV[4] and bodies(remembered[3]) or { 'conflict' }
 end
--- The first write is one that Redis allows when memory is full: a draw is what makes room again.
-redis.call('HDEL', key('stats'), 'never_set')
+work_in_full_memory()
 local clock = math.max(tonumber(request.learner_version), latest_version())
 if remove_overdue(clock) then
   return { 'again' }

@@ -1,0 +1,187 @@
+"""Our own Redis keeps what it acknowledged, dies with its parent, and says why it does not start."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from buffer.codec import encode_group
+from buffer.errors import InvalidSettings, StoreUnavailable
+from buffer.rate_limiter import RateLimiterSettings
+from buffer.redis_server import RedisSettings, check_promises, connect, redis_server
+from buffer.redis_table import RedisTable
+from buffer.table import TableSettings
+from tests.factories import RUN_ID, make_group
+
+ALWAYS = RedisSettings(appendfsync="always")
+OPEN = RateLimiterSettings(min_size=1, error_buffer=1e9)
+
+INSERT_FOREVER = """
+import sys
+from tests.buffer.test_redis_server import open_table
+from tests.factories import make_group
+
+table = open_table(sys.argv[1])
+number = 0
+while True:
+    groups = [make_group(f"{sys.argv[2]}-{number + i}") for i in range(5)]
+    for result in table.insert(groups):
+        print(result.group_id, result.outcome.value, flush=True)
+    number += 5
+"""
+SERVE_FOREVER = """
+import sys, time
+from pathlib import Path
+from buffer.redis_server import RedisSettings, redis_server
+with redis_server(Path(sys.argv[1]), RedisSettings()) as url:
+    print(url, flush=True)
+    time.sleep(600)
+"""
+
+
+def open_table(url: str) -> RedisTable:
+    table = RedisTable(connect(url), TableSettings(), OPEN, RUN_ID)
+    table.advance_version(0)
+    return table
+
+
+def start(script: str, *arguments: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen([sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE, text=True)
+
+
+def pid_of(client: redis.Redis) -> int:
+    info: Any = client.info("server")
+    return int(info["process_id"])
+
+
+def wait_until_gone(pid: int) -> None:
+    deadline_s = time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < deadline_s, f"process {pid} is still there"
+        time.sleep(0.02)
+
+
+def accepted_lines(process: "subprocess.Popen[str]") -> list[str]:
+    """Return the ids that a killed inserter reported as accepted; its last line may be cut off."""
+    assert process.stdout is not None
+    with process.stdout as lines:
+        return [line.split()[0] for line in lines if line.endswith(" accepted\n")]
+
+
+def test_every_accepted_group_survives_kill_9_of_redis_exactly_once(tmp_path: Path) -> None:
+    with redis_server(tmp_path, ALWAYS) as url:
+        inserters = [start(INSERT_FOREVER, url, name) for name in ("left", "right")]
+        table = open_table(url)
+        while table.stats().num_groups < 60:
+            time.sleep(0.02)
+        os.kill(pid_of(connect(url)), signal.SIGKILL)
+        for inserter in inserters:
+            inserter.kill()
+            inserter.wait()
+    accepted = [group_id for inserter in inserters for group_id in accepted_lines(inserter)]
+
+    with redis_server(tmp_path, ALWAYS) as url:
+        table = open_table(url)
+        retried = table.insert([make_group(group_id) for group_id in accepted])
+
+        assert len(accepted) >= 30
+        assert len(set(accepted)) == len(accepted)
+        assert {result.outcome.value for result in retried} == {"duplicate"}
+        assert [table.get(group_id).group_id for group_id in accepted] == accepted
+        stats = table.stats()
+        # a group may be stored whose answer the kill cut off; the counters describe exactly what is there
+        assert stats.num_groups == stats.inserted_total == stats.stored_uses[0] >= len(accepted)
+
+
+def test_kill_9_of_an_inserting_client_leaves_whole_groups_only(tmp_path: Path) -> None:
+    with redis_server(tmp_path, RedisSettings(appendfsync="no")) as url:
+        table = open_table(url)
+        inserter = start(INSERT_FOREVER, url, "client")
+        while table.stats().num_groups < 40:
+            time.sleep(0.01)
+        inserter.kill()
+        inserter.wait()
+        accepted = accepted_lines(inserter)
+
+        stats = table.stats()
+        ids = [f"client-{number}" for number in range(stats.num_groups)]
+        assert [table.get(group_id).group_id for group_id in ids] == ids
+        assert set(accepted) <= set(ids)
+        assert stats.bytes == sum(len(encode_group(make_group(group_id))) for group_id in ids)
+        assert stats.inserted_total == len(ids)
+
+
+def test_kill_9_of_the_parent_ends_redis_and_a_restart_finds_everything(tmp_path: Path) -> None:
+    parent = start(SERVE_FOREVER, str(tmp_path))
+    assert parent.stdout is not None
+    with parent.stdout as lines:
+        url = lines.readline().strip()
+    client = connect(url)
+    open_table(url).insert([make_group("a"), make_group("b")])
+    pid = pid_of(client)
+
+    parent.kill()
+    parent.wait()
+    with redis_server(tmp_path, ALWAYS) as url:  # waits for the old one to be gone
+        assert open_table(url).stats().num_groups == 2
+        assert pid_of(connect(url)) != pid
+    wait_until_gone(pid)
+
+
+def test_leaving_the_block_ends_redis(tmp_path: Path) -> None:
+    with redis_server(tmp_path, ALWAYS) as url:
+        pid = pid_of(connect(url))
+
+    wait_until_gone(pid)
+
+
+def test_second_server_on_a_directory_is_refused(tmp_path: Path) -> None:
+    with (
+        redis_server(tmp_path, ALWAYS),
+        pytest.raises(StoreUnavailable, match=f"another service, or its Redis, is using {tmp_path}"),
+        redis_server(tmp_path, RedisSettings(start_timeout_s=0.1)),
+    ):
+        pass
+
+
+def test_long_directories_work_too(tmp_path: Path) -> None:
+    directory = tmp_path / ("d" * 120)
+    for _ in range(2):
+        with redis_server(directory, ALWAYS) as url:
+            open_table(url).insert([make_group("a")])
+            assert open_table(url).stats().num_groups == 1
+
+
+def test_damaged_data_is_a_sentence_with_the_last_line_of_the_log(tmp_path: Path) -> None:
+    (tmp_path / "appendonly.aof").write_bytes(b"this is no append-only file\n")
+    (tmp_path / "appendonlydir").write_text("Redis 7 wants a directory here")
+
+    with pytest.raises(StoreUnavailable) as caught, redis_server(tmp_path, ALWAYS):
+        pass
+
+    assert re.match("our own Redis ended with code 1: .+", caught.value.detail)
+    assert caught.value.hint == f"see {tmp_path / 'redis.log'}"
+
+
+def test_promises_are_read_from_the_live_server_and_must_hold(tmp_path: Path) -> None:
+    with redis_server(tmp_path, RedisSettings(appendfsync="everysec")) as url, connect(url) as client:
+        promises = check_promises(client, RedisSettings(appendfsync="everysec"))
+        with pytest.raises(InvalidSettings, match="appendfsync=everysec, but this run needs always"):
+            check_promises(client, ALWAYS)
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        with pytest.raises(InvalidSettings, match="maxmemory-policy=allkeys-lru, but this run needs noeviction"):
+            check_promises(client, RedisSettings(appendfsync="no"))
+
+    assert promises == {"appendonly": "yes", "appendfsync": "everysec", "maxmemory_policy": "noeviction"}
+
+
+def test_url_that_is_none_is_refused() -> None:
+    with pytest.raises(InvalidSettings, match="redis url 'localhost'"):
+        connect("localhost")

@@ -1,0 +1,114 @@
+"""What only a table on Redis can meet: full memory, a lost server, a forgotten script, keys of other runs."""
+
+from pathlib import Path
+
+import pytest
+import redis
+
+from buffer.errors import StoreUnavailable
+from buffer.rate_limiter import RateLimiterSettings
+from buffer.redis_server import RedisSettings, connect, redis_server
+from buffer.redis_table import RedisTable
+from buffer.table import SampleRequest, TableSettings
+from tests.factories import RUN_ID, make_group
+
+OPEN = RateLimiterSettings(min_size=1, error_buffer=1e9)
+
+
+@pytest.fixture
+def client(redis_url: str) -> redis.Redis:
+    client = connect(redis_url)
+    client.flushdb()
+    return client
+
+
+def open_table(client: redis.Redis, settings: TableSettings | None = None, *, run_id: str = RUN_ID) -> RedisTable:
+    table = RedisTable(client, settings or TableSettings(), OPEN, run_id)
+    table.advance_version(0)
+    return table
+
+
+def request(request_id: str) -> SampleRequest:
+    return SampleRequest(num_groups=1, learner_version=0, request_id=request_id)
+
+
+def test_full_memory_refuses_inserts_whole_and_lets_the_learner_make_room(client: redis.Redis) -> None:
+    table = open_table(client, TableSettings(reuse_limit=1))
+    table.insert([make_group("a"), make_group("b")])
+    before = client.hgetall(f"sw:{{{RUN_ID}:0}}:stats")
+
+    client.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(StoreUnavailable, match="Redis is out of memory"):
+            table.insert([make_group("c")])
+        after = client.hgetall(f"sw:{{{RUN_ID}:0}}:stats")
+        drawn = table.sample(request("r"))
+        table.advance_version(1)
+    finally:
+        client.config_set("maxmemory", 0)
+
+    assert after == before
+    assert drawn[0].group.group_id == "a"
+    assert table.stats().removed == {"reuse": 1}
+    assert table.insert([make_group("c")])[0].outcome.value == "accepted"
+
+
+def test_lost_server_is_store_unavailable_for_every_call(tmp_path: Path) -> None:
+    with redis_server(tmp_path, RedisSettings()) as url:
+        table = open_table(connect(url))
+
+    for call in (
+        lambda: table.insert([make_group("a")]),
+        lambda: table.insert([make_group("a", run_id="other")]),
+        lambda: table.sample(request("r")),
+        lambda: table.advance_version(1),
+        lambda: table.get("a"),
+        table.stats,
+    ):
+        with pytest.raises(StoreUnavailable, match="Redis does not answer"):
+            call()
+
+
+def test_scripts_are_loaded_again_after_redis_forgot_them(client: redis.Redis) -> None:
+    table = open_table(client)
+    table.insert([make_group("a")])
+
+    client.script_flush()
+    outcomes = [result.outcome.value for result in table.insert([make_group("a"), make_group("b")])]
+    client.script_flush()
+
+    assert outcomes == ["duplicate", "accepted"]
+    assert len(table.sample(request("r"))) == 1
+
+
+def test_two_runs_on_one_redis_do_not_meet(client: redis.Redis) -> None:
+    one, other = open_table(client, run_id="one"), open_table(client, run_id="other")
+
+    one.insert([make_group("a", run_id="one")])
+
+    assert (one.stats().num_groups, other.stats().num_groups) == (1, 0)
+
+
+def test_all_keys_of_a_table_share_one_hash_slot_and_nothing_stays_of_removed_groups(client: redis.Redis) -> None:
+    table = open_table(client, TableSettings(reuse_limit=1, repeat_window_s=0.001, max_age_updates=0))
+    table.insert([make_group(f"g{i}") for i in range(20)])
+    for i in range(10):
+        table.sample(request(f"r{i}"))
+    table.advance_version(1)
+
+    keys = {key.decode() for key in client.scan_iter()}
+
+    assert all(key.startswith(f"sw:{{{RUN_ID}:0}}:") for key in keys)
+    lasting = {key.rsplit(":", 1)[-1] for key in keys if client.pttl(key) == -1}
+    assert lasting == {"stats", "remembered", "remembered_at"}
+
+
+def test_tables_in_two_processes_share_one_draw_history(client: redis.Redis) -> None:
+    one, other = open_table(client), open_table(client)
+    one.insert([make_group("a"), make_group("b")])
+
+    first = one.sample(request("r"))
+    again = other.sample(request("r"))
+
+    assert first[0].group.group_id == again[0].group.group_id
+    assert other.stats().sampled_total == 1
