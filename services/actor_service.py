@@ -10,6 +10,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +24,7 @@ from actor.rollout import Rollouts
 from actor.settings import ActorSettings
 from actor.spool import Spool, SpoolInUse
 from actor.status import Pulse, Status
-from actor.tasks import make_task
+from actor.tasks import Task, make_task
 from actor.weight_sync import WeightSync
 from buffer.client import HttpTable, HttpWeightStore, ServiceClient
 from buffer.errors import InvalidSettings, RunMismatch
@@ -45,76 +47,75 @@ def run_actor(config: "RunConfig", *, actor_id: str | None = None, engine: str |
     make_engine = _engine_maker(engine or config.actor.engine)
     fingerprint = model_fingerprint(config.run.model)
     _check_run(config, fingerprint)
-    actor_id, directory, spool = _claim(config, actor_id)
-    seeds = _seeds(config.run.seed, actor_id, _count_start(directory))
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    log.info("actor %s of run %s, %d groups in the spool", actor_id, config.run.name, spool.num_groups)
-    built = make_engine(config.actor, config.run.model, int(seeds.generate_state(1)[0]))
-    try:
-        _run(config, actor_id, built, fingerprint, directory, spool, np.random.default_rng(seeds.spawn(1)[0]), stop)
-    finally:
-        spool.close()
+    task = make_task(config.actor.task, AutoTokenizer.from_pretrained(config.run.model, local_files_only=True))
+    name, directory, spool = _claim(config, actor_id)
+    with closing(spool), closing(_client(config, retry_budget_s=0.0)) as client:  # the loops have their own patience
+        stop = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.set())
+        log.info("actor %s of run %s, %d groups in the spool", name, config.run.name, spool.num_groups)
+        seeds = _seeds(config.run.seed, name, _count_start(directory))
+        process = _Process(config, name, fingerprint, directory, spool, client, stop)
+        process.run(make_engine(config.actor, config.run.model, int(seeds.generate_state(1)[0])), task, seeds)
 
 
-def _run(
-    config: "RunConfig",
-    actor_id: str,
-    engine: Engine,
-    fingerprint: str,
-    directory: Path,
-    spool: Spool,
-    rng: np.random.Generator,
-    stop: threading.Event,
-) -> None:
-    """Wire the threads of one actor and run them to their end."""
-    settings = config.actor
-    client = _client(config, retry_budget_s=0.0)  # the spool and the threads have their own patience
-    jitter = random.Random(int(rng.integers(1 << 32)))
-    status = Status(time.monotonic)
-    task = make_task(settings.task, AutoTokenizer.from_pretrained(config.run.model, local_files_only=True))
-    rollouts = Rollouts(engine=engine, task=task, settings=settings, run_id=config.run.name, rng=rng)
-    sync = WeightSync(
-        store=HttpWeightStore(client),
-        engine=engine,
-        run_id=config.run.name,
-        model_fingerprint=fingerprint,
-        directory=directory,
-        settings=settings,
-        stop=stop,
-        jitter=random.Random(jitter.random()),
-    )
-    pulse = Pulse(
-        status=status,
-        version=lambda: engine.version,
-        monitor=client,
-        actor_id=actor_id,
-        heartbeat_s=settings.heartbeat_s,
-        stall_s=settings.stall_s,
-        stop=stop,
-    )
-    loop = ActorLoop(
-        rollouts=rollouts,
-        inbox=HttpTable(client),
-        spool=spool,
-        sync=sync,
-        status=status,
-        settings=settings,
-        stop=stop,
-        now=time.monotonic,
-        jitter=jitter,
-    )
-    sync.start()
-    pulse.start()
-    try:
-        loop.run()
-    finally:
-        stop.set()
-        sync.join(THREAD_END_S)
-        pulse.join(THREAD_END_S)
-        client.close()
-        log.info("actor %s ended: %s", actor_id, dict(status.outcomes))
+@dataclass(frozen=True, slots=True)
+class _Process:
+    """The threads of one actor."""
+
+    config: "RunConfig"
+    actor_id: str
+    fingerprint: str
+    directory: Path
+    spool: Spool
+    client: ServiceClient
+    stop: threading.Event
+
+    def run(self, engine: Engine, task: Task, seeds: np.random.SeedSequence) -> None:
+        """Run them until `stop` is set or one of them fails."""
+        settings, status = self.config.actor, Status(time.monotonic)
+        prompt_seed, *jitter_seeds = seeds.spawn(3)
+        jitters = [random.Random(int(seed.generate_state(1)[0])) for seed in jitter_seeds]
+        sync = WeightSync(
+            store=HttpWeightStore(self.client),
+            engine=engine,
+            run_id=self.config.run.name,
+            model_fingerprint=self.fingerprint,
+            directory=self.directory,
+            settings=settings,
+            stop=self.stop,
+            jitter=jitters[0],
+        )
+        pulse = Pulse(
+            status=status,
+            version=lambda: engine.version,
+            monitor=self.client,
+            actor_id=self.actor_id,
+            heartbeat_s=settings.heartbeat_s,
+            stall_s=settings.stall_s,
+            stop=self.stop,
+        )
+        rng = np.random.default_rng(prompt_seed)
+        loop = ActorLoop(
+            rollouts=Rollouts(engine=engine, task=task, settings=settings, run_id=self.config.run.name, rng=rng),
+            inbox=HttpTable(self.client),
+            spool=self.spool,
+            sync=sync,
+            status=status,
+            settings=settings,
+            stop=self.stop,
+            now=time.monotonic,
+            jitter=jitters[1],
+        )
+        sync.start()
+        pulse.start()
+        try:
+            loop.run()
+        finally:
+            self.stop.set()
+            sync.join(THREAD_END_S)
+            pulse.join(THREAD_END_S)
+            log.info("actor %s ended: %s", self.actor_id, dict(status.outcomes))
 
 
 def _torch_engine(settings: ActorSettings, model_dir: Path, seed: int) -> Engine:
@@ -148,11 +149,8 @@ def _client(config: "RunConfig", *, retry_budget_s: float) -> ServiceClient:
 
 def _check_run(config: "RunConfig", fingerprint: str) -> None:
     """Wait for the service and compare whom we are talking to. Raises RunMismatch."""
-    client = _client(config, retry_budget_s=config.client.retry_budget_s)
-    try:
+    with closing(_client(config, retry_budget_s=config.client.retry_budget_s)) as client:
         info = client.run_info()
-    finally:
-        client.close()
     if info.run_id != config.run.name:
         raise RunMismatch(
             f"{client.url} serves run {info.run_id}, this actor is set to run {config.run.name}",

@@ -239,6 +239,25 @@ def test_what_a_killed_actor_left_in_its_spool_is_delivered_first(actor: Actor, 
     assert encode_group(actor.inbox.table.get("left0")) == encode_group(make_group("left0"))
 
 
+def test_a_spool_that_meets_a_full_table_waits_and_loses_nothing(
+    tmp_path: Path, model_dir: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    left = Spool(tmp_path / "spool", max_bytes=1 << 20)
+    left.append([make_group(f"left{i}") for i in range(9)])
+    left.close()
+    actor = Actor(tmp_path, model_dir, tokenizer, limiter=RateLimiterSettings(min_size=1, error_buffer=3))
+
+    with actor.running():
+        wait_until(lambda: actor.state == Activity.WAITING_ADMISSION)
+        assert 0 < actor.inbox.inserted < 9
+        for _ in range(8):
+            draw(actor)
+        wait_until(lambda: actor.inbox.inserted == 9)
+        wait_until(lambda: actor.spool.num_groups == 0)
+
+    assert [group.group_id for group in stored(actor)] == [f"left{i}" for i in range(9)]
+
+
 def test_a_refused_group_of_the_spool_does_not_block_the_rest(actor: Actor) -> None:
     left = Spool(actor.directory / "spool", max_bytes=1 << 20)
     left.append([make_group("other", run_id="another-run"), make_group("mine")])

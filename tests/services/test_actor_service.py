@@ -1,0 +1,160 @@
+"""The real `stalewise act` process against a real service."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from buffer.client import HttpTable, HttpWeightStore
+from buffer.codec import decode_group
+from buffer.connection import ServiceClient
+from buffer.errors import InvalidSettings, RunMismatch, ServiceUnreachable, StalewiseError
+from services.actor_service import run_actor
+from services.settings import load_config
+from tests.actor.conftest import keyframes, model_dir, tokenizer
+from tests.actor.publishing import publish
+from tests.factories import RUN_ID
+from tests.services.live import NO_RETRY, ServeProcess, make_context, serving, stalewise
+
+__all__ = ["keyframes", "model_dir", "tokenizer"]  # fixtures
+
+Process = subprocess.Popen[bytes]
+
+
+def settings(runs_dir: Path, url: str, model_dir: Path, *more: str) -> list[str]:
+    values = (f"service.url={url}", f"run.name={RUN_ID}", f"run.runs_dir={runs_dir}", f"run.model={model_dir}")
+    actor = ("group_size=2", "groups_per_batch=2", "max_new_tokens=20", "retry_s=0.05", "heartbeat_s=0.1", "poll_s=1")
+    return [*values, *(f"actor.{value}" for value in actor), *more]
+
+
+@contextmanager
+def acting(log_path: Path, values: list[str]) -> Iterator[Process]:
+    """Run an actor; kill it if the test leaves it running."""
+    options = [part for value in values for part in ("--set", value)]
+    command = [sys.executable, "-m", "services.cli", "act", "--actor-id", "actor-0", *options]
+    with log_path.open("ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for(reached: Callable[[], bool], process: Process, log_path: Path) -> None:
+    deadline_s = time.monotonic() + 60
+    while not reached():
+        assert process.poll() is None, log_path.read_text()
+        assert time.monotonic() < deadline_s, log_path.read_text()
+        time.sleep(0.02)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+    return port
+
+
+def test_an_actor_generates_beats_and_ends_on_sigterm(model_dir: Path, keyframes: list[Path], tmp_path: Path) -> None:
+    log_path, context = tmp_path / "log", make_context(tmp_path / "service")
+    with serving(context) as url, closing(ServiceClient(url, settings=NO_RETRY)) as client:
+        store, table = HttpWeightStore(client), HttpTable(client)
+        with acting(log_path, settings(tmp_path, url, model_dir)) as process:
+            wait_for(lambda: [a["state"] for a in client.stats()["actors"]] == ["waiting_weights"], process, log_path)
+            publish(store, model_dir, keyframes[0], 0)
+            wait_for(lambda: table.stats().inserted_total >= 4, process, log_path)
+            publish(store, model_dir, keyframes[1], 1)
+            wait_for(lambda: client.stats()["actors"][0]["version"] == 1, process, log_path)
+            wait_for(lambda: [a["state"] for a in client.stats()["actors"]] == ["waiting_admission"], process, log_path)
+
+            process.send_signal(signal.SIGTERM)
+
+            assert process.wait(20) == 0, log_path.read_text()
+        assert not list((tmp_path / RUN_ID / "actors" / "actor-0" / "spool").glob("*.group"))
+        assert set(table.stats().outcomes) <= {"accepted", "full"}
+
+
+@pytest.mark.timeout(240)  # four processes start, each imports torch
+def test_groups_survive_a_killed_service_and_then_a_killed_actor(
+    model_dir: Path, keyframes: list[Path], tmp_path: Path
+) -> None:
+    log_path, spool = tmp_path / "log", tmp_path / RUN_ID / "actors" / "actor-0" / "spool"
+    service = ServeProcess(tmp_path, f"service.port={free_port()}", "limiter.error_buffer=1e6")
+    try:
+        url = service.wait_until_ready()
+        values = settings(tmp_path, url, model_dir)
+        with closing(ServiceClient(url, settings=NO_RETRY)) as client:
+            publish(HttpWeightStore(client), model_dir, keyframes[0], 0)
+            with acting(log_path, values) as process:
+                wait_for(lambda: HttpTable(client).stats().inserted_total >= 4, process, log_path)
+                service.process.kill()
+                wait_for(lambda: len(list(spool.glob("*.group"))) >= 10, process, log_path)
+        left = {decode_group(p.read_bytes(), max_bytes=1 << 20).group_id for p in spool.glob("*.group")}
+        service.restart()
+
+        with closing(ServiceClient(service.wait_until_ready(), settings=NO_RETRY)) as client:
+            table = HttpTable(client)
+            with acting(log_path, values) as process:
+                wait_for(lambda: not list(spool.glob("*.group")), process, log_path)
+                accepted = table.stats().inserted_total
+                wait_for(lambda: table.stats().inserted_total > accepted, process, log_path)
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(20) == 0, log_path.read_text()
+
+            assert len(left) >= 10
+            assert {table.get(group_id).group_id for group_id in left} == left
+            assert set(table.stats().outcomes) <= {"accepted", "duplicate"}
+    finally:
+        service.stop()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "sentence"),
+    [
+        ("run.name=other", RunMismatch, "serves run test-run, this actor is set to run other"),
+        ("run.model=nowhere", InvalidSettings, "nowhere is not a model directory"),
+        ("actor.task.name=no_such", InvalidSettings, "'no_such' is neither running_sums nor"),
+    ],
+)
+def test_an_actor_that_does_not_fit_the_run_says_why(
+    change: str, error: type[StalewiseError], sentence: str, model_dir: Path, tmp_path: Path
+) -> None:
+    with serving(make_context(tmp_path / "service")) as url:
+        config = load_config(None, overrides=settings(tmp_path, url, model_dir, change))
+
+        with pytest.raises(error, match=sentence):
+            run_actor(config, actor_id="a")
+
+
+def test_an_unknown_engine_an_odd_id_and_an_absent_service_are_one_sentence_each(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    config = load_config(None, overrides=settings(tmp_path, url, model_dir, "client.retry_budget_s=0"))
+
+    with pytest.raises(InvalidSettings, match="engine 'jax' is unknown"):
+        run_actor(config, engine="jax")
+    with pytest.raises(ServiceUnreachable, match="no answer from"):
+        run_actor(config)
+    with serving(make_context(tmp_path / "service")) as url:
+        config = load_config(None, overrides=settings(tmp_path, url, model_dir))
+        with pytest.raises(InvalidSettings, match=r"actor id '\.\./a' is not a plain name"):
+            run_actor(config, actor_id="../a")
+
+
+def test_the_command_ends_with_code_2_on_a_wrong_run(model_dir: Path, tmp_path: Path) -> None:
+    with serving(make_context(tmp_path / "service")) as url:
+        options = [p for value in settings(tmp_path, url, model_dir, "run.name=other") for p in ("--set", value)]
+
+        ended = stalewise("act", *options)
+
+    assert ended.returncode == 2
+    assert "this actor is set to run other" in ended.stderr
+    assert "Traceback" not in ended.stderr
