@@ -88,6 +88,16 @@ def test_full_table_of_unsampled_groups_lets_the_learner_go_on(make_table: Table
     assert len(set(drawn)) == len(drawn)
 
 
+def test_pacing_is_back_as_soon_as_a_group_finds_room(make_table: TableFactory) -> None:
+    limiter = RateLimiterSettings(min_size=3, error_buffer=8)
+    table = make_table(TableSettings(capacity_bytes=3 * size_bytes("a")), limiter)
+
+    outcomes = insert(table, make_group("a"), make_group("L", rewards=(0.0,) * 6), make_group("b"))
+
+    assert outcomes == ["accepted", "full", "accepted"]
+    assert draw(table, 1) == []
+
+
 def test_a_draw_that_a_full_table_can_never_serve_is_refused_with_the_cure(make_table: TableFactory) -> None:
     limiter = RateLimiterSettings(min_size=4, error_buffer=8)
     table = make_table(TableSettings(capacity_bytes=3 * size_bytes("a")), limiter)
