@@ -32,15 +32,15 @@ class Reference:
         self.policy = policy.frozen_copy()
         self.reference_id = reference_id
         self._cache_bytes = cache_bytes
-        self._cached: OrderedDict[tuple[str, str, str], _Terms] = OrderedDict()
+        self._cached: OrderedDict[tuple[str, str], _Terms] = OrderedDict()
         self._cached_bytes = 0
 
     def reset(self, policy: Policy, *, reference_id: str) -> None:
-        """Become a copy of `policy`; every cached term of the old reference is void."""
+        """Become a copy of `policy`."""
         self.restore(policy.weights(), reference_id=reference_id)
 
     def restore(self, weights: Mapping[str, Tensor], *, reference_id: str) -> None:
-        """Become the reference with these weights, as a checkpoint has them."""
+        """Become the reference with these weights; every term of the one before is void."""
         self.policy.load_weights(weights)
         self.reference_id = reference_id
         self._cached.clear()
@@ -48,7 +48,7 @@ class Reference:
 
     def columns(self, batch: Batch) -> dict[Column, Tensor]:
         """Return reference_logprobs [B, T], 0 behind the mask, and reference_first_logit [B], both on the CPU."""
-        terms = {row: self._cached[key] for row, key in self._keys(batch) if key in self._cached}
+        terms = {row: self._cached[key] for row, key in enumerate(batch.keys) if key in self._cached}
         missing = [row for row in range(len(batch.keys)) if row not in terms]
         terms |= self._compute(batch, missing)
         logprobs = torch.zeros(batch.mask.shape)
@@ -57,9 +57,6 @@ class Reference:
         first_logit = torch.stack([terms[row].first_logit for row in range(len(batch.keys))])
         self._remember(batch, terms)
         return {Column.REFERENCE_LOGPROBS: logprobs, Column.REFERENCE_FIRST_LOGIT: first_logit}
-
-    def _keys(self, batch: Batch) -> list[tuple[int, tuple[str, str, str]]]:
-        return [(row, (self.reference_id, *key)) for row, key in enumerate(batch.keys)]
 
     @torch.no_grad()
     def _compute(self, batch: Batch, missing: list[int]) -> dict[int, _Terms]:
@@ -72,7 +69,7 @@ class Reference:
         return terms
 
     def _remember(self, batch: Batch, terms: dict[int, _Terms]) -> None:
-        for row, key in self._keys(batch):
+        for row, key in enumerate(batch.keys):
             if key not in self._cached:
                 self._cached_bytes += terms[row].logprobs.nbytes
             self._cached[key] = terms[row]
