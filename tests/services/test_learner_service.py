@@ -69,7 +69,7 @@ def _learning(log_path: Path, options: list[str], *flags: str) -> Iterator["subp
 
 
 def _wait_for(reached: Callable[[], bool], process: "subprocess.Popen[bytes]", log_path: Path) -> None:
-    deadline_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + 100
     while not reached():
         assert process.poll() is None, log_path.read_text()
         assert time.monotonic() < deadline_s, log_path.read_text()
@@ -81,6 +81,7 @@ def _insert(client: ServiceClient) -> None:
     assert {result.outcome.value for result in results} == {"accepted"}
 
 
+@pytest.mark.timeout(240)  # two starts of a real process, on a machine that may be busy
 def test_a_learner_trains_over_http_is_killed_resumes_and_ends(model_dir: Path, tmp_path: Path) -> None:
     log_path, learner_dir = tmp_path / "log", tmp_path / RUN_ID / "learner"
     with serving(make_context(tmp_path / "service", limiter=GENEROUS)) as url:
@@ -105,7 +106,9 @@ def test_a_learner_trains_over_http_is_killed_resumes_and_ends(model_dir: Path, 
             run_learner(_config(tmp_path, url, model_dir), resume=False)
 
         end = saved[-1] + 3
-        finished = stalewise("learn", *_options(tmp_path, url, model_dir, f"learner.total_updates={end}"), "--resume")
+        finished = stalewise(
+            "learn", *_options(tmp_path, url, model_dir, f"learner.total_updates={end}"), "--resume", timeout_s=200
+        )
         assert finished.returncode == 0, finished.stderr
         assert latest() == killed_at + 1 + 3
         stats = client.stats()["learner"]
@@ -121,6 +124,7 @@ def test_a_learner_trains_over_http_is_killed_resumes_and_ends(model_dir: Path, 
     assert state["settings"]["learner"]["groups_per_update"] == 2
 
 
+@pytest.mark.timeout(240)
 def test_a_learner_waits_while_its_service_is_away_and_ends_cleanly_on_sigterm(model_dir: Path, tmp_path: Path) -> None:
     log_path = tmp_path / "log"
     with socket.socket() as free:
