@@ -47,11 +47,15 @@ class Summary(BaseModel):
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Read the learner's metrics.jsonl. Raises NothingTrained when it has no update."""
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    if not records:
+    """Read the learner's metrics.jsonl, one record an update: the last one where a resumed run did an update again.
+
+    Raises NothingTrained when it has no update.
+    """
+    lines = path.read_text().splitlines() if path.is_file() else []
+    if not lines:
         raise NothingTrained(f"{path} has no update", hint="see the logs beside it")
-    return records
+    by_update = {record["updates"]: record for record in map(json.loads, lines)}
+    return [by_update[update] for update in sorted(by_update)]
 
 
 def result_table(summary: Summary) -> Table:
