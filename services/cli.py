@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from buffer.errors import StalewiseError
+from services.objectives_cli import objectives_app
 from services.settings import RunConfig, connect, describe, load_config
 
 app = typer.Typer(
@@ -19,6 +20,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(objectives_app, name="objectives")
 
 Config = Annotated[Path | None, typer.Option("--config", help="TOML file of settings, such as recipes/demo.toml.")]
 Overrides = Annotated[

@@ -93,16 +93,24 @@ def load_config(
     for name, text in sorted((environment or {}).items()):
         if name.startswith(PREFIX):
             _assign(tree, name.removeprefix(PREFIX).lower().split("__"), _literal(text, name), name)
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise InvalidSettings(f"--set {override} is not key=value", hint="write for example --set table.ttl_s=60")
-        _assign(tree, key.strip().split("."), _literal(text, key), key)
+    for key, value in parse_assignments(overrides).items():
+        _assign(tree, key.split("."), value, key)
     _refuse_unknown(tree, source=path)
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         raise InvalidSettings(_fault(error)) from None
+
+
+def parse_assignments(assignments: Sequence[str]) -> dict[str, JsonValue]:
+    """Return what `key=value` texts of --set say, later ones winning. Raises InvalidSettings."""
+    values: dict[str, JsonValue] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key.strip():
+            raise InvalidSettings(f"--set {assignment} is not key=value", hint="write for example --set table.ttl_s=60")
+        values[key.strip()] = _literal(text, key)
+    return values
 
 
 def describe(config: RunConfig) -> str:
