@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from buffer.connection import ClientSettings, ServiceClient, error_of
-from buffer.errors import CorruptWeights, InvalidRequest
+from buffer.connection import ClientSettings, ServiceClient, body_of, error_of
+from buffer.errors import CorruptWeights, InvalidRequest, StalewiseError
 from buffer.table import SampleRequest, TableStats
 from buffer.types import Group, InsertResult, PolicyVersion, Sample
 from buffer.weights.manifest import Manifest, Payload
@@ -18,7 +18,6 @@ from buffer.wire import (
     InsertResponse,
     SampleResponse,
     TimedSampleRequest,
-    decode,
     encode,
     parse,
 )
@@ -51,10 +50,11 @@ class HttpTable:
         response = self._client.request(
             "POST", "/v1/groups", body=body, content_type=MSGPACK, accept=MSGPACK, answers=_INSERT_ANSWERS
         )
-        answer = decode(response.content, MSGPACK)
-        if "results" not in answer:
-            raise error_of(response)
-        results = parse(InsertResponse, {"results": answer["results"]}).results
+        try:
+            answered = body_of(response)["results"]
+        except (StalewiseError, KeyError, TypeError):  # refused as a whole, or not our service
+            raise error_of(response) from None
+        results = parse(InsertResponse, {"results": answered}).results
         pause = response.headers.get("Retry-After")
         return Submission(results=results, retry_after_s=float(pause) if pause else None)
 
@@ -79,7 +79,7 @@ class HttpTable:
             accept=MSGPACK,
             wait_s=timeout_s,
         )
-        return parse(SampleResponse, decode(response.content, MSGPACK)).samples
+        return parse(SampleResponse, body_of(response)).samples
 
     def advance_version(self, version: PolicyVersion) -> None:
         """Check that the service has reached `version`: it advances by itself when weights are published."""
@@ -93,7 +93,7 @@ class HttpTable:
     def get(self, group_id: str) -> Group:
         """See ReplayTable."""
         response = self._client.request("GET", f"/v1/groups/{quote(group_id, safe='')}", accept=MSGPACK)
-        return parse(Group, decode(response.content, MSGPACK))
+        return parse(Group, body_of(response))
 
     def stats(self) -> TableStats:
         """See ReplayTable."""
@@ -120,12 +120,12 @@ class HttpWeightStore:
         """See WeightStore: one long poll."""
         params = {"after": str(after), "wait_s": f"{wait_s:g}"}
         response = self._client.request("GET", "/v1/weights/latest", accept=MSGPACK, params=params, wait_s=wait_s)
-        return None if response.status_code == 204 else parse(Manifest, decode(response.content, MSGPACK))
+        return None if response.status_code == 204 else parse(Manifest, body_of(response))
 
     def manifest(self, version: PolicyVersion) -> Manifest:
         """See WeightStore."""
         response = self._client.request("GET", f"/v1/weights/{version}", accept=MSGPACK)
-        return parse(Manifest, decode(response.content, MSGPACK))
+        return parse(Manifest, body_of(response))
 
     def blob(self, sha256: str) -> Iterator[bytes]:
         """See WeightStore. The hash is checked at the end: CorruptWeights is raised after the last chunk.

@@ -171,11 +171,16 @@ class ServiceClient:
             pause_s = min(2 * pause_s, self._settings.retry_max_s)
 
 
+def body_of(response: httpx.Response) -> Any:
+    """Return the decoded body of a response, in the encoding that it names."""
+    media_type = response.headers.get("content-type", "").partition(";")[0]
+    return decode(response.content, MSGPACK if media_type == MSGPACK else JSON)
+
+
 def error_of(response: httpx.Response) -> StalewiseError:
     """Return the error that a response names; ServiceUnreachable when something else than our service answered."""
-    media_type = response.headers.get("content-type", "").partition(";")[0]
     try:
-        body = decode(response.content, MSGPACK if media_type == MSGPACK else JSON)
+        body = body_of(response)
         kind, detail, hint = body["error"], str(body["detail"]), str(body["hint"])
     except (StalewiseError, KeyError, TypeError):
         return ServiceUnreachable(

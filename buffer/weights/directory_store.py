@@ -48,7 +48,7 @@ class DirectoryWeightStore:
     ) -> None:
         self._settings = settings or WeightStoreSettings()
         self._clock = clock
-        self._directory = directory
+        self.directory = directory
         self._blobs = directory / "blobs"
         self._manifests = directory / "manifests"
         self._incoming = directory / "incoming"
@@ -87,7 +87,7 @@ class DirectoryWeightStore:
                 if latest is None or version > latest.version:  # left by a publisher that died before its commit
                     self._manifest_path(version).unlink()
             self._replace(self._manifest_path(manifest.version), manifest.model_dump_json().encode())
-            self._replace(self._directory / "LATEST", str(manifest.version).encode())
+            self._replace(self.directory / "LATEST", str(manifest.version).encode())
             self._collect()
 
     def latest(self, *, after: PolicyVersion = -1, wait_s: float = 0.0) -> Manifest | None:
@@ -100,7 +100,7 @@ class DirectoryWeightStore:
                     return self.manifest(version)
                 except NotFound as error:
                     if self.latest_version() == version:
-                        raise StoreUnavailable(f"{self._directory} has lost its latest version {version}") from error
+                        raise StoreUnavailable(f"{self.directory} has lost its latest version {version}") from error
                     continue  # retention took it since the look at LATEST: look again
             if time.monotonic() >= deadline:
                 return None
@@ -109,7 +109,7 @@ class DirectoryWeightStore:
     def latest_version(self) -> PolicyVersion:
         """Return the latest published version; -1 before the first."""
         try:
-            return int((self._directory / "LATEST").read_text())
+            return int((self.directory / "LATEST").read_text())
         except FileNotFoundError:
             return -1
 
@@ -162,7 +162,7 @@ class DirectoryWeightStore:
 
     def _deleted_total(self) -> int:
         try:
-            return int((self._directory / "deleted_total").read_text())
+            return int((self.directory / "deleted_total").read_text())
         except FileNotFoundError:
             return 0
 
@@ -173,7 +173,7 @@ class DirectoryWeightStore:
         retired = {payload.sha256 for version in dropped for payload in self.manifest(version).payloads}
         named = {payload.sha256 for version in kept for payload in self.manifest(version).payloads}
         if dropped:
-            self._replace(self._directory / "deleted_total", str(self._deleted_total() + len(dropped)).encode())
+            self._replace(self.directory / "deleted_total", str(self._deleted_total() + len(dropped)).encode())
         for version in dropped:
             self._manifest_path(version).unlink()
         expired_s = self._clock() - self._settings.orphan_age_s
@@ -198,7 +198,7 @@ class DirectoryWeightStore:
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        with _disk_errors(), (self._directory / "lock").open("w") as file:
+        with _disk_errors(), (self.directory / "lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 

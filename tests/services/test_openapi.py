@@ -1,0 +1,93 @@
+"""The schema that the service publishes is true: every route, every status, and the bodies that it really sends."""
+
+from typing import Any
+
+import httpx
+import jsonschema
+import msgpack
+import pytest
+
+from buffer.types import FinishReason
+from buffer.wire import JSON, MSGPACK, InsertRequest, encode
+from services.security import ACCESS
+from tests.factories import make_group, make_manifest
+
+
+@pytest.fixture
+def openapi(http: httpx.Client) -> dict[str, Any]:
+    schema: dict[str, Any] = http.get("/openapi.json").json()
+    return schema
+
+
+def check(openapi: dict[str, Any], route: str, response: httpx.Response) -> None:
+    """Assert that a JSON response is one that the schema announces."""
+    method, path = route.split(" ")
+    described = openapi["paths"][path][method.lower()]["responses"][str(response.status_code)]
+    schema = described["content"][JSON]["schema"] | {"components": openapi["components"]}
+    jsonschema.Draft202012Validator(schema).validate(response.json())
+
+
+def test_schema_lists_every_route_with_who_may_use_it(openapi: dict[str, Any]) -> None:
+    described = {
+        f"{method.upper()} {path}": "security" in operation
+        for path, methods in openapi["paths"].items()
+        for method, operation in methods.items()
+    }
+
+    assert described == {route.replace(":path", ""): roles is not None for route, roles in ACCESS.items()}
+
+
+def test_every_body_is_described_in_both_encodings_and_every_reference_resolves(openapi: dict[str, Any]) -> None:
+    references: set[str] = set()
+
+    def walk(node: object) -> None:
+        if isinstance(node, dict):
+            if isinstance(node.get("$ref"), str):
+                references.add(node["$ref"])
+            if JSON in node:
+                assert node[JSON] == node[MSGPACK]
+            for value in node.values():
+                walk(value)
+        elif isinstance(node, list):
+            for value in node:
+                walk(value)
+
+    walk(openapi)
+
+    assert references == {f"#/components/schemas/{name}" for name in openapi["components"]["schemas"]}
+
+
+def test_real_responses_are_as_the_schema_says(http: httpx.Client, openapi: dict[str, Any]) -> None:
+    group = encode(InsertRequest(groups=[make_group("a")]), JSON)
+    json_type = {"Content-Type": JSON}
+    draw = {"num_groups": 1, "learner_version": 0, "request_id": "r"}
+    http.post("/v1/learner/metrics", json={"updates": 1, "version": 0, "metrics": {"a/b": 1.0}, "waiting": None})
+    http.post("/v1/actors/a/heartbeat", json={"version": 0, "tokens_per_s": 1.0, "groups_total": 1, "state": "x"})
+
+    check(openapi, "POST /v1/groups", http.post("/v1/groups", content=group, headers=json_type))
+    check(openapi, "POST /v1/groups", http.post("/v1/groups", json={"schema": 1, "groups": [{}]}))
+    check(openapi, "POST /v1/groups", http.post("/v1/groups", content=b"", headers={"Content-Type": "text/plain"}))
+    check(openapi, "POST /v1/sample", http.post("/v1/sample", json=draw))
+    check(openapi, "POST /v1/sample", http.post("/v1/sample", json={}))
+    check(openapi, "GET /v1/groups/{group_id}", http.get("/v1/groups/a"))
+    check(openapi, "GET /v1/groups/{group_id}", http.get("/v1/groups/absent"))
+    check(openapi, "GET /v1/run", http.get("/v1/run"))
+    check(openapi, "GET /v1/stats", http.get("/v1/stats"))
+    check(openapi, "GET /v1/weights/{version}", http.get("/v1/weights/0"))
+    manifest = encode(make_manifest(0), JSON)
+    check(openapi, "PUT /v1/weights/{version}", http.put("/v1/weights/0", content=manifest, headers=json_type))
+
+
+_BREAKING: tuple[dict[str, object], ...] = ({"schema": 2}, {"groups": []}, {"extra": 1})
+
+
+def test_schema_refuses_what_the_service_refuses(openapi: dict[str, Any]) -> None:
+    """A described body is not just any body: the validator is no decoration."""
+    schema = {"$ref": "#/components/schemas/InsertRequest", "components": openapi["components"]}
+    validator = jsonschema.Draft202012Validator(schema)
+    good = msgpack.unpackb(msgpack.packb({"schema": 1, "groups": [make_group("a").model_dump(mode="json")]}))
+
+    assert validator.is_valid(good)
+    assert [validator.is_valid(good | change) for change in _BREAKING] == [False, False, False]
+    good["groups"][0]["trajectories"][0]["finish_reason"] = f"not {FinishReason.STOP}"
+    assert not validator.is_valid(good)

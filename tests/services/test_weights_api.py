@@ -1,0 +1,197 @@
+"""Publishing, long polls, and payloads that any HTTP cache can fan out."""
+
+import threading
+import time
+from collections.abc import Iterator
+from hashlib import sha256
+from typing import Any
+
+import httpx
+import pytest
+
+from buffer.client import HttpWeightStore, ServiceClient
+from buffer.wire import JSON, encode
+from services.context import ServiceContext
+from tests.factories import PAYLOAD, make_manifest
+from tests.services.live import NO_RETRY
+
+NAME = sha256(PAYLOAD).hexdigest()
+
+
+def publish(http: httpx.Client, version: int) -> None:
+    assert http.put(f"/v1/weights/blobs/{NAME}", content=PAYLOAD).status_code == 204
+    manifest = encode(make_manifest(version), JSON)
+    assert http.put(f"/v1/weights/{version}", content=manifest, headers={"Content-Type": JSON}).status_code == 204
+
+
+def test_publication_is_served_and_advances_the_table(http: httpx.Client, context: ServiceContext) -> None:
+    publish(http, 4)
+
+    latest = http.get("/v1/weights/latest")
+
+    assert latest.content == http.get("/v1/weights/4").content == encode(make_manifest(4), JSON)
+    assert http.get("/v1/run").json() | {"limits": {}} == {
+        "run_id": "test-run",
+        "schema": 1,
+        "model_fingerprint": make_manifest(4).model_fingerprint,
+        "latest_version": 4,
+        "limits": {},
+        "tokens_required": False,
+    }
+    assert context.table.stats().latest_version == 4
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "content", "expected"),
+    [
+        ({}, 200, PAYLOAD, {"content-length": "18", "content-type": "application/octet-stream"}),
+        ({"Range": "bytes=4-9"}, 206, PAYLOAD[4:10], {"content-range": "bytes 4-9/18", "content-length": "6"}),
+        ({"Range": "bytes=10-"}, 206, PAYLOAD[10:], {"content-range": "bytes 10-17/18"}),
+        ({"Range": "bytes=-3"}, 206, PAYLOAD[-3:], {"content-range": "bytes 15-17/18"}),
+        ({"Range": "bytes=4-99"}, 206, PAYLOAD[4:], {"content-range": "bytes 4-17/18"}),
+        ({"Range": "bytes=4-9", "If-Range": f'"{NAME}"'}, 206, PAYLOAD[4:10], {}),
+        ({"Range": "bytes=4-9", "If-Range": '"other"'}, 200, PAYLOAD, {}),
+        ({"Range": "bytes=1-2,4-5"}, 200, PAYLOAD, {}),
+        ({"Range": "lines=1-2"}, 200, PAYLOAD, {}),
+        ({"If-None-Match": f'"{NAME}"'}, 304, b"", {}),
+    ],
+)
+def test_payload_is_immutable_and_can_be_had_in_ranges(
+    http: httpx.Client, headers: dict[str, str], status: int, content: bytes, expected: dict[str, str]
+) -> None:
+    publish(http, 0)
+
+    response = http.get(f"/v1/weights/blobs/{NAME}", headers=headers)
+
+    assert (response.status_code, response.content) == (status, content)
+    always = {"etag": f'"{NAME}"', "cache-control": "public, max-age=31536000, immutable", "accept-ranges": "bytes"}
+    assert dict(response.headers) | expected | always == dict(response.headers)
+
+
+@pytest.mark.parametrize("asked", ["bytes=18-", "bytes=99-100", "bytes=9-4", "bytes=-0"])
+def test_range_outside_the_payload_is_416_in_the_one_error_shape(http: httpx.Client, asked: str) -> None:
+    publish(http, 0)
+
+    response = http.get(f"/v1/weights/blobs/{NAME}", headers={"Range": asked})
+
+    assert (response.status_code, response.json()) == (
+        416,
+        {
+            "error": "range_not_satisfiable",
+            "detail": f"the range {asked} lies outside the payload of 18 bytes",
+            "hint": "",
+        },
+    )
+
+
+def chunked() -> Iterator[bytes]:
+    for _ in range(10):
+        yield b"x" * 1000
+
+
+@pytest.mark.parametrize(
+    ("path", "request_parts", "status", "error", "detail"),
+    [
+        (f"blobs/{'0' * 64}", {"content": b"x"}, 422, "corrupt_weights", "the payload has the hash 2d711642"),
+        (
+            f"blobs/{'0' * 64}",
+            {"content": b"x" * 5000},
+            413,
+            "oversize",
+            "the body has 5000 bytes or more, the limit is 4096",
+        ),
+        (
+            f"blobs/{'0' * 64}",
+            {"content": chunked},
+            413,
+            "oversize",
+            "the body has ",
+        ),
+        ("blobs/..%2FLATEST", {"content": b"x"}, 404, "not_found", "PUT /v1/weights/blobs/../LATEST: not found"),
+        ("blobs/abc", {"content": b"x"}, 422, "invalid_request", "path.sha256: string should match pattern"),
+        ("0", {"content": b"{}"}, 415, "unsupported_media_type", "cannot read Content-Type ''"),
+        ("0", {"json": {}}, 422, "invalid_request", "run_id: field required (and 5 more)"),
+        ("-1", {"json": {}}, 422, "invalid_request", "path.version: input should be greater than or equal to 0"),
+        ("1", {"manifest": {}}, 422, "invalid_request", "the path says version 1, the manifest 0"),
+        (
+            "0",
+            {"manifest": {"run_id": "x"}},
+            409,
+            "run_mismatch",
+            "the manifest is of run x, this service serves test-run",
+        ),
+        ("0", {"manifest": {}}, 404, "not_found", f"blob {NAME} is not stored"),
+    ],
+)
+def test_bad_publication_is_refused_and_nothing_of_it_is_served(
+    http: httpx.Client,
+    context: ServiceContext,
+    path: str,
+    request_parts: dict[str, Any],
+    status: int,
+    error: str,
+    detail: str,
+) -> None:
+    if request_parts.get("content") is chunked:
+        request_parts = {"content": chunked()}
+    if "manifest" in request_parts:
+        manifest = make_manifest(0).model_copy(update=request_parts["manifest"])
+        request_parts = {"content": encode(manifest, JSON), "headers": {"Content-Type": JSON}}
+
+    response = http.put(f"/v1/weights/{path}", **request_parts)
+
+    assert (response.status_code, response.json()["error"]) == (status, error)
+    assert response.json()["detail"].startswith(detail)
+    assert http.get("/v1/weights/latest").status_code == 204
+    assert context.weights.status().bytes == 0
+    assert not list((context.weights.directory / "incoming").iterdir())
+
+
+def test_version_is_never_published_twice_but_a_retry_is_harmless(http: httpx.Client) -> None:
+    publish(http, 4)
+    publish(http, 4)
+    other = encode(make_manifest(4).model_copy(update={"created_s": 2.5}), JSON)
+
+    response = http.put("/v1/weights/4", content=other, headers={"Content-Type": JSON})
+
+    assert (response.status_code, response.json()["error"]) == (409, "conflict")
+
+
+def test_long_polls_wait_without_threads_and_all_see_the_version(http: httpx.Client) -> None:
+    """More polls than worker threads (40)."""
+    answers: list[int] = []
+
+    def poll(client: httpx.Client) -> None:
+        answer = client.get("/v1/weights/latest", params={"after": -1, "wait_s": 60}, timeout=90)
+        answers.append(answer.json()["version"])
+
+    with httpx.Client(base_url=http.base_url, limits=httpx.Limits(max_connections=100), trust_env=False) as client:
+        threads = [threading.Thread(target=poll, args=(client,)) for _ in range(60)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.3)
+        publish(http, 0)
+        for thread in threads:
+            thread.join(60)
+
+    assert answers == [0] * 60
+
+
+def test_long_poll_ends_with_nothing_when_its_time_is_over(http: httpx.Client) -> None:
+    publish(http, 2)
+
+    response = http.get("/v1/weights/latest", params={"after": 2, "wait_s": 0.1})
+
+    assert (response.status_code, response.content) == (204, b"")
+
+
+def test_http_store_downloads_a_payload_whole_or_not_at_all(http: httpx.Client, context: ServiceContext) -> None:
+    publish(http, 0)
+    client = ServiceClient(str(http.base_url), settings=NO_RETRY)
+    store = HttpWeightStore(client)
+    path = context.weights.directory / "download"
+
+    store.download(make_manifest(0).payloads[0], path)
+
+    assert path.read_bytes() == PAYLOAD
+    client.close()
