@@ -11,10 +11,13 @@ from torch import Tensor
 
 from learner.objectives.advantages import group_mean, leave_one_out, no_baseline, standardised
 from learner.objectives.aggregation import (
+    maximum_by_sequence,
+    mean_by_sequence,
     mean_over_sequences,
     mean_over_sequences_of_means,
     mean_over_sequences_of_sums,
     mean_over_tokens,
+    sum_by_sequence,
     sum_over_sequences_per_token,
 )
 from learner.objectives.bellman import REVAL_COLUMNS, reval_residual
@@ -218,6 +221,15 @@ def test_the_name_of_a_reduction_is_its_denominator() -> None:
     assert mean_over_sequences_of_means(tokens, values).item() == pytest.approx(4.166667, abs=1e-6)
     assert mean_over_sequences(tokens, by_sequence).item() == pytest.approx(7.0)
     assert sum_over_sequences_per_token(tokens, by_sequence).item() == pytest.approx(3.5)
+
+
+def test_statistics_by_sequence_see_trained_tokens_only() -> None:
+    tokens = from_logs([[0.0] * 3, [0.0] * 2], mask=[[1, 0, 1], [0, 0]])
+    values = torch.tensor([[-3.0, math.nan, -1.0], [math.nan, math.nan, math.nan]])
+
+    assert maximum_by_sequence(tokens, values)[:, 0].tolist() == [-1.0, -math.inf]
+    assert mean_by_sequence(tokens, values)[:, 0].tolist() == [-2.0, 0.0]
+    assert sum_by_sequence(tokens, values)[:, 0].tolist() == [-4.0, 0.0]
 
 
 def test_values_of_rejected_tokens_still_count_in_every_denominator() -> None:
