@@ -260,7 +260,22 @@ def _start(model_dir: Path, settings: VllmSettings, seed: int) -> Any:
         async_scheduling=False,  # else a step in flight outlives the turn that began it
         disable_log_stats=True,
     )
-    return LLMEngine.from_engine_args(arguments)
+    engine = LLMEngine.from_engine_args(arguments)
+    if current_platform.is_cpu():
+        _check_head_size(engine.model_config.get_head_size())
+    return engine
+
+
+def _check_head_size(head_size: int) -> None:
+    """Refuse at start what the CPU build would die of in its first step."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    known = CPUAttentionBackend.get_supported_head_sizes()
+    if head_size not in known:
+        raise InvalidSettings(
+            f"the model's attention heads are {head_size} wide; vLLM's CPU build knows {', '.join(map(str, known))}",
+            hint="use actor.engine = torch, or a model with other num_attention_heads",
+        )
 
 
 def _tensor_shapes(model_dir: Path) -> dict[str, tuple[int, ...]]:

@@ -1,5 +1,6 @@
 """What the vLLM engine refuses before it starts, in one sentence, and what its actor imports."""
 
+import json
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ from actor.vllm_engine import VllmEngine, check_sampling
 from buffer.errors import InvalidSettings
 from buffer.types import SamplingSettings
 from tests.factories import UNTRUNCATED
+from tests.vllm.conftest import make_policies
 
 
 @pytest.mark.parametrize(
@@ -41,6 +43,16 @@ def test_without_vllm_the_sentence_says_what_to_run(tmp_path: Path) -> None:
 
     with pytest.raises(InvalidSettings, match="make setup-vllm"):
         VllmEngine(tmp_path, VllmSettings(), sampling=UNTRUNCATED, seed=0)
+
+
+@pytest.mark.vllm
+def test_heads_that_the_cpu_build_does_not_know_are_refused_at_start(tmp_path: Path) -> None:
+    make_policies((tmp_path, tmp_path / "other"), tied=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_attention_heads": 4}))
+
+    with pytest.raises(InvalidSettings, match="heads are 16 wide"):
+        VllmEngine(tmp_path, VllmSettings(dtype="float32"), sampling=UNTRUNCATED, seed=0)
 
 
 @pytest.mark.vllm
