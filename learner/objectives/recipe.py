@@ -17,6 +17,7 @@ class Recipe(Settings, ABC):
     """A named objective: its fields are its options, `objective()` is its sentence made of pieces."""
 
     name: ClassVar[str]
+    """What settings and the registry call it."""
     paper: ClassVar[str]
     """arXiv ids, or `ours`."""
     sentence: ClassVar[str]
@@ -24,6 +25,7 @@ class Recipe(Settings, ABC):
     use: ClassVar[str]
     """One line: when to use it."""
     denominator: ClassVar[str]
+    """What the loss is divided by, in words."""
 
     @abstractmethod
     def objective(self) -> Objective:
