@@ -1,0 +1,68 @@
+"""The last message of each process, in memory and in Redis."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from buffer.errors import StoreUnavailable
+from buffer.redis_server import connect
+from buffer.wire import ActorStatus, Heartbeat, LearnerReport, LearnerStatus
+from services.presence import FORGET_AFTER_S, Board, MemoryBoard, Presence, RedisBoard
+from tests.conftest import Clock
+
+
+@pytest.fixture(params=["memory", "redis"])
+def board(request: pytest.FixtureRequest) -> Iterator[Board]:
+    if request.param == "memory":
+        yield MemoryBoard()
+        return
+    with connect(request.getfixturevalue("redis_url")) as client:
+        client.flushdb()
+        yield RedisBoard(client, key="presence")
+        client.flushdb()
+
+
+def beat(groups_total: int) -> Heartbeat:
+    return Heartbeat(version=1, tokens_per_s=2.5, groups_total=groups_total, state="generating", detail="é")
+
+
+def test_last_message_of_each_is_read_with_its_age_by_any_worker(board: Board, clock: Clock) -> None:
+    writer, reader = Presence(board, clock=clock), Presence(board, clock=clock)
+    assert reader.read() == (None, [])
+    report = LearnerReport(updates=5, version=4, metrics={"reward/mean": 0.5})
+
+    writer.heartbeat("b", beat(1))
+    writer.heartbeat("learner", beat(2))  # an actor may have any name
+    clock.advance(2)
+    writer.heartbeat("b", beat(3))
+    writer.report(report)
+    clock.advance(1)
+
+    assert reader.read() == (
+        LearnerStatus(**dict(report), age_s=1.0),
+        [
+            ActorStatus(**dict(beat(3)), actor_id="b", age_s=1.0),
+            ActorStatus(**dict(beat(2)), actor_id="learner", age_s=3.0),
+        ],
+    )
+
+
+def test_silent_actor_is_forgotten_and_the_learner_is_not(board: Board, clock: Clock) -> None:
+    presence = Presence(board, clock=clock)
+    presence.heartbeat("a", beat(1))
+    presence.report(LearnerReport(updates=5, version=4, metrics={}))
+
+    clock.advance(FORGET_AFTER_S + 1)
+
+    learner, actors = presence.read()
+    assert learner is not None
+    assert actors == []
+    assert list(board.notes()) == ["learner"]
+
+
+def test_absent_redis_is_a_named_error(clock: Clock) -> None:
+    with (
+        connect("redis://127.0.0.1:1/0") as client,
+        pytest.raises(StoreUnavailable, match=r"redis does not answer: .*refused"),
+    ):
+        Presence(RedisBoard(client, key="presence"), clock=clock).read()
