@@ -15,7 +15,7 @@ C = TypeVar("C", list[Any], dict[str, Any])
 MAX_LIST_ITEMS = 1 << 18
 """Longest list in a message; longer token arrays travel as raw bytes."""
 
-MAX_MAP_ITEMS = 1 << 10
+MAX_MAP_ITEMS = 1 << 16
 
 _BYTES_PER_CONTAINER = 16
 """The smallest container of a real record, a span, takes more; an empty list takes 1 byte here and 56 in memory."""

@@ -27,6 +27,12 @@ Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127
 MAX_LOGPROB = 1e-3
 """Rounding may lift the log-prob of a certain token this far over 0; anything higher is not a log-prob."""
 
+MAX_ITEMS = 1 << 16
+"""Most trajectories of a group and spans of a response: what is accepted must stay within the limits of the codec."""
+
+MAX_COLUMNS = 256
+"""Most declared extra columns of a trajectory."""
+
 MAX_REWARD = 1e18
 """Largest size of a reward: its square must still fit float32."""
 
@@ -88,7 +94,7 @@ class Trajectory(Record):
     """[T] bool: 1 = drawn by the policy and trained on, 0 = tool output or other context."""
     behavior_logprobs: Float32Array
     """[T] float32, nats, as the engine computed them; 0 where the mask is 0."""
-    spans: Annotated[tuple[VersionSpan, ...], Field(min_length=1, strict=False)]
+    spans: Annotated[tuple[VersionSpan, ...], Field(min_length=1, max_length=MAX_ITEMS, strict=False)]
     """Tile [0, T) in order."""
     sampling: SamplingSettings
     reward: Annotated[FiniteFloat, Field(ge=-MAX_REWARD, le=MAX_REWARD)]
@@ -101,7 +107,7 @@ class Trajectory(Record):
     """The ids that survived truncated sampling, token after token; required when `sampling` truncates."""
     kept_token_counts: Int32Array | None = None
     """[T] int32: how many of `kept_token_ids` belong to each token; 0 where the mask is 0."""
-    columns: dict[Identifier, Float32Array] = {}
+    columns: Annotated[dict[Identifier, Float32Array], Field(max_length=MAX_COLUMNS)] = {}
     """Declared extra columns, [T] float32 each."""
 
     @model_validator(mode="after")
@@ -182,7 +188,7 @@ class Group(Record):
     group_id: Identifier
     prompt_id: Identifier
     split: Annotated[Split, Field(strict=False)]
-    trajectories: Annotated[tuple[Trajectory, ...], Field(min_length=1, strict=False)]
+    trajectories: Annotated[tuple[Trajectory, ...], Field(min_length=1, max_length=MAX_ITEMS, strict=False)]
 
     @model_validator(mode="after")
     def _check(self) -> Self:

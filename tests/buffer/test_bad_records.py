@@ -66,6 +66,8 @@ CASES: dict[str, tuple[str, object, str]] = {
                                 "support: kept_token_ids and kept_token_counts are required"),
     "column too long": ("trajectories.0.columns", {"entropy": [0.5] * 5}, "trajectories.0: columns.entropy has 5 "
                         "entries for 4 response tokens"),
+    "too many columns": ("trajectories.0.columns", {f"c{i}": [0.5] * 4 for i in range(257)}, "trajectories.0.columns: "
+                         "dictionary should have at most 256 items after validation, not more"),
     "unknown finish": ("trajectories.0.finish_reason", "eos", "trajectories.0.finish_reason: input should be 'stop', "
                        "'length' or 'abort', got 'eos'"),
 }  # fmt: skip

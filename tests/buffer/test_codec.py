@@ -118,6 +118,17 @@ def test_content_hash_ignores_the_order_of_columns_and_sees_every_bit() -> None:
     assert len(content_hash(one)) == 32
 
 
+def test_the_largest_records_that_are_accepted_can_be_read_back() -> None:
+    length = 1 << 16
+    spans = [VersionSpan(start=i, end=i + 1, version=0) for i in range(length)]
+    longest = make_trajectory("t0", response_ids=[1] * length, behavior_logprobs=[0.0] * length, spans=spans)
+    widest = [make_trajectory(f"t{i}", columns={f"c{j}": [0.0] * 4 for j in range(256)}) for i in range(3)]
+
+    for trajectories in ([longest], widest, [make_trajectory(f"{i}", response_ids=[1]) for i in range(1000)]):
+        group = make_group(trajectories=trajectories)
+        assert encode_group(decode_group(encode_group(group), max_bytes=1 << 30)) == encode_group(group)
+
+
 @profile
 @given(data=st.data())
 def test_truncated_bytes_are_a_named_error(data: st.DataObject) -> None:
