@@ -14,8 +14,9 @@ import pytest
 
 from buffer.client import ServiceClient
 from buffer.codec import encode_group
+from buffer.weights.directory_store import DirectoryWeightStore
 from services.address import read_address
-from tests.factories import RUN_ID, make_group
+from tests.factories import RUN_ID, make_group, make_manifest
 from tests.services.live import NO_RETRY, PublishingTable, ServeProcess, stalewise
 
 
@@ -66,13 +67,15 @@ def test_kill_of_the_service_loses_no_acknowledged_group_and_no_published_versio
         before = table.stats()
 
     os.kill(serve.process.pid, signal.SIGKILL)
+    # as if the kill had come between the manifest and the table of version 4
+    DirectoryWeightStore(serve.directory / "weights").publish(make_manifest(4))
     serve.restart()
 
     with closing(ServiceClient(serve.wait_until_ready(), settings=NO_RETRY)) as client:
         table = PublishingTable(client)
         after = table.stats()
-        assert after == before
-        assert after.latest_version == client.run_info().latest_version == 3
+        assert after == before.model_copy(update={"latest_version": 4})
+        assert client.run_info().latest_version == 4
         assert encode_group(table.get("a")) == encode_group(make_group("a"))
         assert [result.outcome.value for result in table.insert([make_group("a")])] == ["duplicate"]
         assert client.stats()["promises"] == {
