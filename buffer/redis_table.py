@@ -1,22 +1,20 @@
 """The replay table on Redis: every invariant is one Lua script of buffer/lua, whose common.lua is the key schema."""
 
-import hashlib
 import json
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from importlib.resources import files
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgpack
 import redis
 
 from buffer.codec import decode_group, encode_group, record_hash
-from buffer.errors import Conflict, InvalidRequest, NotFound, StoreUnavailable
+from buffer.errors import Conflict, InvalidRequest, NotFound
 from buffer.outcomes import Facts, no_fit, outcome_of, refusal, refused_at_sight
 from buffer.rate_limiter import Pace, RateLimiterSettings, check_request, check_settings, limiter_error
+from buffer.redis_scripts import RedisScripts, store_errors
 from buffer.selectors import Mix, draw_lots, num_fresh
 from buffer.table import SampleRequest, TableSettings, TableStats, Wait
 from buffer.types import Group, InsertOutcome, InsertResult, PolicyVersion, Sample, SampleInfo
@@ -42,10 +40,9 @@ class RedisTable:
         check_settings(settings, limiter)
         self._client, self._settings, self._limiter, self._run_id = client, settings, limiter, run_id
         self._clock, self._rng = clock, rng or random.Random()
-        self._prefix = f"sw:{{{run_id}:{SHARD}}}:"
         sections = {"table": settings.model_dump(exclude_none=True), "limiter": limiter.model_dump()}
-        self._settings_json = json.dumps(sections | {"forget_wait_s": FORGET_AFTER_S})
-        self._scripts = {name: _script(name) for name in ("insert", "sample", "advance")}
+        settings_json = json.dumps(sections | {"forget_wait_s": FORGET_AFTER_S})
+        self._scripts = RedisScripts(client, f"sw:{{{run_id}:{SHARD}}}:", settings_json, self._clock)
 
     def insert(self, groups: Sequence[Group]) -> list[InsertResult]:
         """Store each group or say why not; see ReplayTable."""
@@ -60,7 +57,7 @@ class RedisTable:
             else:
                 calls.append([_facts_of(group, record), record])
                 results.append(None)
-        answers = iter(self._run("insert", calls))
+        answers = iter(self._scripts.run("insert", calls))
         return [
             result if result is not None else _insert_result(group, *_answer(next(answers)))
             for group, result in zip(groups, results, strict=True)
@@ -70,9 +67,9 @@ class RedisTable:
         """Hand out a draw, or [] while it must wait; see ReplayTable. Raises Conflict for a reused request_id."""
         check_request(request, self._limiter)
         arguments = self._sample_arguments(request)
-        code, *rest = self._run("sample", [arguments])[0]
+        code, *rest = self._scripts.run("sample", [arguments])[0]
         while code == b"again":
-            code, *rest = self._run("sample", [arguments])[0]
+            code, *rest = self._scripts.run("sample", [arguments])[0]
         if code == b"drawn":
             return [self._sample(*entry) for entry in rest]
         if code == b"conflict":
@@ -84,14 +81,14 @@ class RedisTable:
 
     def advance_version(self, version: PolicyVersion) -> None:
         """Record the latest published version; see ReplayTable."""
-        while self._run("advance", [[str(version)]])[0]:
+        while self._scripts.run("advance", [[str(version)]])[0]:
             pass
 
     def get(self, group_id: str) -> Group:
         """Return a stored group. Raises NotFound."""
-        with _store_errors():
-            sequence: Any = self._client.hget(self._key("sequences"), group_id)
-            body: Any = self._client.hget(self._key(f"group:{sequence.decode()}"), "body") if sequence else None
+        with store_errors():
+            sequence: Any = self._client.hget(self._scripts.key("sequences"), group_id)
+            body: Any = self._client.hget(self._scripts.key(f"group:{sequence.decode()}"), "body") if sequence else None
         if body is None:
             raise NotFound(f"group {group_id!r} is not stored", hint="it may have been removed since")
         return self._decode(body)
@@ -100,10 +97,10 @@ class RedisTable:
         """Return the counters."""
         pipeline = self._client.pipeline(transaction=True)
         for histogram in ("stats", "versions", "uses"):
-            pipeline.hgetall(self._key(histogram))
+            pipeline.hgetall(self._scripts.key(histogram))
         for index in ("train", "fresh", "eval"):
-            pipeline.zcard(self._key(index))
-        with _store_errors():
+            pipeline.zcard(self._scripts.key(index))
+        with store_errors():
             raw, versions, uses, num_train, num_fresh_groups, num_eval = pipeline.execute()
         fields = {name.decode(): value.decode() for name, value in raw.items()}
         counts = {name: int(fields.get(name, 0)) for name in _COUNTERS}
@@ -142,12 +139,9 @@ class RedisTable:
         learner, actors = _waiting(fields, "learner"), _waiting(fields, "actors")
         return report(learner, actors, limiter=self._limiter, pace=pace, now_s=self._clock())
 
-    def _key(self, name: str) -> str:
-        return self._prefix + name
-
     def _count_result(self, code: str) -> None:
-        with _store_errors():
-            self._client.hincrby(self._key("stats"), f"result:{code}", 1)
+        with store_errors():
+            self._client.hincrby(self._scripts.key("stats"), f"result:{code}", 1)
 
     def _sample_arguments(self, request: SampleRequest) -> list[str | bytes]:
         selector = request.selector
@@ -172,37 +166,10 @@ class RedisTable:
     def _decode(self, body: bytes) -> Group:
         return decode_group(body, max_bytes=len(body))
 
-    def _run(self, name: str, calls: Sequence[Sequence[str | bytes]]) -> list[Any]:
-        """Run a script once per call, all in one round trip; load it first where Redis does not know it."""
-        if not calls:
-            return []
-        digest, source = self._scripts[name]
-        with _store_errors():
-            pipeline = self._client.pipeline(transaction=False)
-            for call in calls:
-                pipeline.evalsha(digest, 1, self._prefix, self._settings_json, repr(self._clock()), *call)
-            answers: list[Any] = pipeline.execute(raise_on_error=False)
-            unknown = [i for i, answer in enumerate(answers) if isinstance(answer, redis.exceptions.NoScriptError)]
-            if unknown:
-                self._client.script_load(source)
-                for i, answer in zip(unknown, self._run(name, [calls[i] for i in unknown]), strict=True):
-                    answers[i] = answer
-            for answer in answers:
-                if isinstance(answer, Exception):
-                    raise answer
-        return answers
-
 
 _COUNTERS = ["bytes", "tokens", "foreign", "inserted", "sampled", "trajectories"]
 _COUNTERS += ["forgotten_ids", "wanted_fresh", "no_room"]
 """Integer fields of the hash `stats`; see common.lua."""
-
-
-def _script(name: str) -> tuple[str, str]:
-    """Return the SHA-1 and the source of a script; Redis cannot include one file in another, so we join them."""
-    folder = files("buffer") / "lua"
-    source = (folder / "common.lua").read_text() + (folder / f"{name}.lua").read_text()
-    return hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest(), source
 
 
 def _facts_of(group: Group, record: bytes) -> str:
@@ -246,26 +213,3 @@ def _waiting(fields: dict[str, str], who: str) -> Waiting | None:
     if code is None:
         return None
     return Waiting(code, float(fields[f"{who}_wait_since_s"]), float(fields[f"{who}_wait_last_s"]))
-
-
-@contextmanager
-def _store_errors() -> Iterator[None]:
-    """Turn what Redis refuses, or that it is away, into StoreUnavailable; errors of our own scripts pass."""
-    try:
-        yield
-    except redis.exceptions.BusyLoadingError as error:
-        raise StoreUnavailable("Redis is still loading its data", hint="try again in a moment") from error
-    except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
-        raise StoreUnavailable(f"Redis does not answer: {error}", hint="check that it runs, then try again") from error
-    except redis.exceptions.ResponseError as error:
-        for sign, (detail, hint) in _REFUSALS.items():
-            if sign in str(error):
-                raise StoreUnavailable(detail, hint=hint) from error
-        raise
-
-
-_REFUSALS = {
-    "OOM command": ("Redis is out of memory", "raise its maxmemory, or lower table.capacity_bytes"),
-    "MISCONF": ("Redis cannot write to its disk", "free disk space, then try again"),
-    "READONLY": ("this Redis is a read-only replica", "connect to the primary"),
-}

@@ -1,0 +1,75 @@
+"""The Lua scripts of one table shard and its keys: how they are run, and what their failures mean."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.resources import files
+from typing import Any
+
+import redis
+
+from buffer.errors import StoreUnavailable
+
+_NAMES = ("insert", "sample", "advance")
+
+
+class RedisScripts:
+    """Runs scripts on the keys below `prefix`, with the settings and the time that each of them reads."""
+
+    def __init__(self, client: redis.Redis, prefix: str, settings_json: str, clock: Callable[[], float]) -> None:
+        self._client, self._prefix, self._settings_json, self._clock = client, prefix, settings_json, clock
+        self._sources = {name: _script(name) for name in _NAMES}
+
+    def key(self, name: str) -> str:
+        """Return the full name of a key of common.lua."""
+        return self._prefix + name
+
+    def run(self, name: str, calls: Sequence[Sequence[str | bytes]]) -> list[Any]:
+        """Run a script once per call, all in one round trip; load it first where Redis does not know it."""
+        if not calls:
+            return []
+        digest, source = self._sources[name]
+        with store_errors():
+            pipeline = self._client.pipeline(transaction=False)
+            for call in calls:
+                pipeline.evalsha(digest, 1, self._prefix, self._settings_json, repr(self._clock()), *call)
+            answers: list[Any] = pipeline.execute(raise_on_error=False)
+            unknown = [i for i, answer in enumerate(answers) if isinstance(answer, redis.exceptions.NoScriptError)]
+            if unknown:
+                self._client.script_load(source)
+                for i, answer in zip(unknown, self.run(name, [calls[i] for i in unknown]), strict=True):
+                    answers[i] = answer
+            for answer in answers:
+                if isinstance(answer, Exception):
+                    raise answer
+        return answers
+
+
+def _script(name: str) -> tuple[str, str]:
+    """Return the SHA-1 and the source of a script; Redis cannot include one file in another, so we join them."""
+    folder = files("buffer") / "lua"
+    source = (folder / "common.lua").read_text() + (folder / f"{name}.lua").read_text()
+    return hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest(), source
+
+
+@contextmanager
+def store_errors() -> Iterator[None]:
+    """Turn what Redis refuses, or that it is away, into StoreUnavailable; errors of our own scripts pass."""
+    try:
+        yield
+    except redis.exceptions.BusyLoadingError as error:
+        raise StoreUnavailable("Redis is still loading its data", hint="try again in a moment") from error
+    except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
+        raise StoreUnavailable(f"Redis does not answer: {error}", hint="check that it runs, then try again") from error
+    except redis.exceptions.ResponseError as error:
+        for sign, (detail, hint) in _REFUSALS.items():
+            if sign in str(error):
+                raise StoreUnavailable(detail, hint=hint) from error
+        raise
+
+
+_REFUSALS = {
+    "OOM command": ("Redis is out of memory", "raise its maxmemory, or lower table.capacity_bytes"),
+    "MISCONF": ("Redis cannot write to its disk", "free disk space, then try again"),
+    "READONLY": ("this Redis is a read-only replica", "connect to the primary"),
+}
