@@ -8,7 +8,7 @@ import msgpack
 from pydantic import ValidationError
 
 from buffer.errors import InvalidRecord, Oversize
-from buffer.types import SCHEMA, Group
+from buffer.types import SCHEMA, Group, Trajectory
 
 C = TypeVar("C", list[Any], dict[str, Any])
 
@@ -29,6 +29,14 @@ def encode_group(group: Group) -> bytes:
     for trajectory in record["trajectories"]:
         trajectory["columns"] = dict(sorted(trajectory["columns"].items()))
     packed: bytes = msgpack.packb({"schema": SCHEMA, "group": record})
+    return packed
+
+
+def encode_trajectory(trajectory: Trajectory) -> bytes:
+    """Return the canonical record of one trajectory, as it stands within that of its group."""
+    record = trajectory.model_dump()
+    record["columns"] = dict(sorted(record["columns"].items()))
+    packed: bytes = msgpack.packb(record)
     return packed
 
 

@@ -9,9 +9,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from buffer.codec import encode_group, record_hash
+from buffer.codec import encode_group, encode_trajectory, record_hash
 from buffer.errors import Conflict, InvalidRequest, NotFound
-from buffer.outcomes import Facts, no_fit, refusal, refused_at_sight
+from buffer.outcomes import Facts, no_fit, outcome_of, refusal, refused_at_sight, refused_for_version
+from buffer.parts import PartialGroups, judge_late, part_result
 from buffer.rate_limiter import (
     Pace,
     RateLimiterSettings,
@@ -22,10 +23,11 @@ from buffer.rate_limiter import (
     limiter_error,
     may_insert,
 )
+from buffer.remembered import RememberedIds
 from buffer.selectors import Fifo, Fresh, Mix, Selector, Uniform, draw_lots, draw_ranks, num_fresh
 from buffer.staleness import age_updates, is_too_old
 from buffer.table import SampleRequest, TableSettings, TableStats
-from buffer.types import Group, InsertOutcome, InsertResult, PolicyVersion, Sample, SampleInfo, Split
+from buffer.types import Group, InsertOutcome, InsertResult, Part, PartResult, PolicyVersion, Sample, SampleInfo, Split
 from buffer.waits import Waiting, refused_again, report
 
 
@@ -76,16 +78,18 @@ class MemoryTable:
         self._fresh: dict[int, None] = {}  # an ordered set
         self._evictable: list[int] = []  # a heap; removed groups stay in it until they are popped
         self._by_version: dict[PolicyVersion, set[int]] = {}
-        self._remembered: dict[str, tuple[str, float]] = {}  # group_id -> content hash, removed at; oldest first
+        self._remembered = RememberedIds(settings)
+        self._partials = PartialGroups(settings)
         self._draws: dict[str, _Draw] = {}
         self._learner_wait: Waiting | None = None
         self._actors_wait: Waiting | None = None
         self._wanted_fresh = 0
         self._no_room = False
         self._bytes = self._evictable_bytes = self._num_evictable = self._num_foreign = self._num_tokens = 0
-        self._inserted = self._sampled = self._num_trajectories = self._forgotten = 0
+        self._inserted = self._sampled = self._num_trajectories = 0
         self._reward_sum = 0.0
         self._outcomes: Counter[str] = Counter()
+        self._part_outcomes: Counter[str] = Counter()
         self._removed: Counter[str] = Counter()
         self._uses: Counter[int] = Counter()  # times handed out -> stored groups
         self._versions: Counter[PolicyVersion] = Counter()  # oldest version -> stored groups of our own
@@ -94,6 +98,11 @@ class MemoryTable:
         """Store each group or say why not; see ReplayTable."""
         with self._lock:
             return [self._insert(group) for group in groups]
+
+    def insert_parts(self, parts: Sequence[Part]) -> list[PartResult]:
+        """Hold trajectories until their groups are complete; see ReplayTable."""
+        with self._lock:
+            return [self._insert_part(part) for part in parts]
 
     def sample(self, request: SampleRequest) -> list[Sample]:
         """Hand out a draw, or [] while it must wait; see ReplayTable. Raises Conflict for a reused request_id."""
@@ -128,6 +137,23 @@ class MemoryTable:
                 raise NotFound(f"group {group_id!r} is not stored", hint="it may have been removed since")
             return self._entries[self._sequences[group_id]].group
 
+    def tidy(self) -> None:
+        """Do what is due by the clock; see ServedTable."""
+        with self._lock:
+            now_s = self._clock()
+            self._remove_overdue(now_s, self._latest_version)
+            self._remembered.forget_overdue(now_s)
+            for group_id in self._partials.close_overdue(now_s):
+                self._remembered.add(group_id, "", self._clock())
+                self._removed["partial_timeout"] += 1
+            for group_id in self._partials.sealed():
+                self._insert_sealed(group_id)
+
+    def count_malformed(self, num_groups: int) -> None:
+        """Count submissions that were no records; see ServedTable."""
+        with self._lock:
+            self._outcomes[outcome_of("malformed").value] += num_groups
+
     def stats(self) -> TableStats:
         """Return the counters."""
         with self._lock:
@@ -142,12 +168,15 @@ class MemoryTable:
                 inserted_total=self._inserted,
                 sampled_total=self._sampled,
                 outcomes=dict(self._outcomes),
+                part_outcomes=dict(self._part_outcomes),
+                num_partial_groups=len(self._partials),
+                partial_bytes=self._partials.size_bytes,
                 removed=dict(self._removed),
                 stored_versions=dict(+self._versions),
                 stored_uses=dict(+self._uses),
                 reward_sum=self._reward_sum,
                 num_trajectories_total=self._num_trajectories,
-                forgotten_ids_total=self._forgotten,
+                forgotten_ids_total=self._remembered.forgotten_total,
                 latest_version=self._latest_version,
                 limiter_error=limiter_error(self._limiter, pace),
                 waits=report(
@@ -175,7 +204,7 @@ class MemoryTable:
         refused = refused_at_sight(group, len(record), self._settings, self._run_id)
         if refused is None:
             self._remove_overdue(now_s, self._latest_version)
-            self._forget(now_s)
+            self._remembered.forget_overdue(now_s)
             refused = self._refused(group, content, len(record))
         if refused is None:
             self._store(group, content, len(record), now_s)
@@ -193,8 +222,8 @@ class MemoryTable:
         """Return the code of a refusal with its facts; None when there is room, which is made here."""
         if (known := self._known_content(group.group_id)) is not None:
             return ("stored" if known == content else "conflict"), ()
-        if (newest := group.newest_version) is not None and newest > self._latest_version:
-            return "version", (newest, self._latest_version)
+        if refused := refused_for_version(group, group.split, self._latest_version, self._settings):
+            return refused
         if group.split is Split.TRAIN and (refused := self._refused_for_training(group)):
             return refused
         if not self._make_room(size_bytes):
@@ -202,14 +231,9 @@ class MemoryTable:
         return None
 
     def _refused_for_training(self, group: Group) -> tuple[str, Facts] | None:
-        settings, oldest, latest = self._settings, group.oldest_version, self._latest_version
-        if oldest is not None and is_too_old(latest, oldest, settings.max_age_updates):
-            return "stale", (oldest, latest - oldest, settings.max_age_updates or 0)
-        if group.is_foreign:
-            if settings.foreign_share == 0:
-                return "foreign", ()
-            if self._num_foreign + 1 > settings.foreign_share * (len(self._train) + 1):
-                return "foreign_share", (self._num_foreign, len(self._train), settings.foreign_share)
+        share = self._settings.foreign_share
+        if group.is_foreign and self._num_foreign + 1 > share * (len(self._train) + 1):
+            return "foreign_share", (self._num_foreign, len(self._train), share)
         pace = self._pace()
         if not may_insert(self._limiter, pace):
             return "pace", (limiter_error(self._limiter, pace), insert_ceiling(self._limiter))
@@ -218,7 +242,7 @@ class MemoryTable:
     def _known_content(self, group_id: str) -> str | None:
         if group_id in self._sequences:
             return self._entries[self._sequences[group_id]].content
-        return self._remembered[group_id][0] if group_id in self._remembered else None
+        return self._remembered.content(group_id)
 
     def _make_room(self, size_bytes: int) -> bool:
         """Evict what may be evicted until one more group fits; evict nothing when it would not help."""
@@ -266,6 +290,39 @@ class MemoryTable:
         heapq.heappush(self._evictable, entry.sequence)
         self._num_evictable += 1
         self._evictable_bytes += entry.size_bytes
+
+    # --- parts
+
+    def _insert_part(self, part: Part) -> PartResult:
+        code, facts = self._hold(part)
+        self._part_outcomes[outcome_of(code).value] += 1
+        if code in ("pending", "held") and self._partials.is_sealed(part.group_id):
+            inserted = self._insert_sealed(part.group_id)
+            return part_result(part, inserted.outcome, inserted.reason)
+        return part_result(part, *refusal(code, facts))
+
+    def _hold(self, part: Part) -> tuple[str, Facts]:
+        if part.run_id != self._run_id:
+            return "run", ()
+        now_s, record = self._clock(), encode_trajectory(part.trajectory)
+        self._remembered.forget_overdue(now_s)
+        if self._known_content(part.group_id) is not None:
+            sequence = self._sequences.get(part.group_id)
+            return judge_late(part, None if sequence is None else self._entries[sequence].group), ()
+        refused = self._partials.answered(part, record) or refused_for_version(
+            part.trajectory, part.split, self._latest_version, self._settings
+        )
+        return refused or self._partials.hold(part, record, now_s)
+
+    def _insert_sealed(self, group_id: str) -> InsertResult:
+        result = self._insert(self._partials.group(group_id))
+        if result.outcome is InsertOutcome.FULL:
+            self._partials.refused_again(group_id, self._clock())
+            return result
+        self._partials.drop(group_id)
+        if self._known_content(group_id) is None:
+            self._remembered.add(group_id, "", self._clock())
+        return result
 
     # --- sample
 
@@ -354,15 +411,4 @@ class MemoryTable:
                 self._by_version[oldest].discard(entry.sequence)
                 if not self._by_version[oldest]:
                     del self._by_version[oldest]
-        self._remembered.pop(group.group_id, None)
-        self._remembered[group.group_id] = (entry.content, self._clock())
-        if len(self._remembered) > self._settings.dedup_max_ids:
-            del self._remembered[next(iter(self._remembered))]
-            self._forgotten += 1
-
-    def _forget(self, now_s: float) -> None:
-        overdue_s = now_s - self._settings.dedup_window_s
-        for group_id in list(self._remembered):
-            if self._remembered[group_id][1] > overdue_s:
-                return
-            del self._remembered[group_id]
+        self._remembered.add(group.group_id, entry.content, self._clock())

@@ -1,12 +1,13 @@
 """The one sentence for each refusal and each wait, the same whichever table says it."""
 
+from buffer.staleness import is_too_old
 from buffer.table import TableSettings
-from buffer.types import Group, InsertOutcome
+from buffer.types import Group, InsertOutcome, PolicyVersion, Split, Trajectory
 
 Facts = tuple[float, ...]
 """The numbers of a refusal, in the order in which its sentence shows them."""
 
-_REFUSALS = {
+_SENTENCES = {
     "stored": (InsertOutcome.DUPLICATE, "this group was accepted before with the same content; nothing to do"),
     "conflict": (InsertOutcome.CONFLICT, "group_id was used before for other content; give new data a new id"),
     "run": (InsertOutcome.INVALID, "run_id is not the run of this table; ask GET /v1/run and start over"),
@@ -27,6 +28,7 @@ _REFUSALS = {
         "the oldest span is of version {0:.0f}, {1:.0f} updates behind, and max_age_updates is {2:.0f}; "
         "load newer weights",
     ),
+    "malformed": (InsertOutcome.INVALID, "not a record"),
     "bytes": (InsertOutcome.OVERSIZE, "the encoded group has {0:.0f} bytes, the limit is {1:.0f}; send smaller groups"),
     "pace": (
         InsertOutcome.FULL,
@@ -35,6 +37,27 @@ _REFUSALS = {
     "capacity": (
         InsertOutcome.FULL,
         "the table holds {0:.0f} groups and {1:.0f} bytes and may evict too few; try again after the learner sampled",
+    ),
+    "pending": (
+        InsertOutcome.PENDING,
+        "{0:.0f} of {1:.0f} trajectories are held; the group is promised when it is complete and accepted",
+    ),
+    "held": (InsertOutcome.DUPLICATE, "this trajectory was received before with the same content; nothing to do"),
+    "trajectory": (
+        InsertOutcome.CONFLICT,
+        "trajectory_id was used before in this group for other content; give new data a new id",
+    ),
+    "group_fields": (
+        InsertOutcome.CONFLICT,
+        "prompt_id, split or group_size is not that of the group's first trajectory; they are the same in every part",
+    ),
+    "closed": (
+        InsertOutcome.GROUP_CLOSED,
+        "the group was closed without this trajectory: it was complete, overdue or refused; start a new group",
+    ),
+    "partials": (
+        InsertOutcome.FULL,
+        "{0:.0f} partial groups of {1:.0f} bytes are held, the most allowed; complete them, or wait until they expire",
     ),
 }
 
@@ -48,8 +71,8 @@ _WAITS = {
 
 
 def refusal(code: str, facts: Facts = ()) -> tuple[InsertOutcome, str]:
-    """Return the outcome and the sentence of a refused insert."""
-    outcome, template = _REFUSALS[code]
+    """Return the outcome and the sentence of a group or part that was not simply accepted."""
+    outcome, template = _SENTENCES[code]
     return outcome, template.format(*facts)
 
 
@@ -61,9 +84,23 @@ def refused_at_sight(group: Group, size_bytes: int, settings: TableSettings, run
     return ("bytes", (size_bytes, limit_bytes)) if size_bytes > limit_bytes else None
 
 
+def refused_for_version(
+    tokens: Group | Trajectory, split: Split, latest: PolicyVersion, settings: TableSettings
+) -> tuple[str, Facts] | None:
+    """Return the refusal of what was drawn by unpublished, too old or others' weights; None when it was not."""
+    newest, oldest = tokens.newest_version, tokens.oldest_version
+    if newest is not None and newest > latest:
+        return "version", (newest, latest)
+    if split is not Split.TRAIN:
+        return None
+    if oldest is not None and is_too_old(latest, oldest, settings.max_age_updates):
+        return "stale", (oldest, latest - oldest, settings.max_age_updates or 0)
+    return ("foreign", ()) if tokens.is_foreign and settings.foreign_share == 0 else None
+
+
 def outcome_of(code: str) -> InsertOutcome:
-    """Return the outcome that an insert with this result code has."""
-    return InsertOutcome.ACCEPTED if code == "accepted" else _REFUSALS[code][0]
+    """Return the outcome of a group or part with this result code."""
+    return InsertOutcome.ACCEPTED if code == "accepted" else _SENTENCES[code][0]
 
 
 def wait_reason(code: str) -> str:

@@ -10,14 +10,25 @@ from typing import Any
 import msgpack
 import redis
 
-from buffer.codec import decode_group, encode_group, record_hash
+from buffer.codec import decode_group, encode_group, encode_trajectory, record_hash
 from buffer.errors import Conflict, InvalidRequest, NotFound
 from buffer.outcomes import Facts, no_fit, outcome_of, refusal, refused_at_sight
+from buffer.parts import envelope_bytes, fields_of, group_of, judge_late, limit_bytes, part_result
 from buffer.rate_limiter import Pace, RateLimiterSettings, check_request, check_settings, limiter_error
 from buffer.redis_scripts import RedisScripts, store_errors
 from buffer.selectors import Mix, draw_lots, num_fresh
 from buffer.table import SampleRequest, TableSettings, TableStats, Wait
-from buffer.types import Group, InsertOutcome, InsertResult, PolicyVersion, Sample, SampleInfo
+from buffer.types import (
+    Group,
+    InsertOutcome,
+    InsertResult,
+    Part,
+    PartResult,
+    PolicyVersion,
+    Sample,
+    SampleInfo,
+    Trajectory,
+)
 from buffer.waits import FORGET_AFTER_S, Waiting, report
 
 SHARD = 0
@@ -52,7 +63,7 @@ class RedisTable:
             record = encode_group(group)
             refused = refused_at_sight(group, len(record), self._settings, self._run_id)
             if refused is not None:
-                self._count_result(refused[0])
+                self._count(f"result:{refused[0]}")
                 results.append(_insert_result(group, *refused))
             else:
                 calls.append([_facts_of(group, record), record])
@@ -62,6 +73,12 @@ class RedisTable:
             result if result is not None else _insert_result(group, *_answer(next(answers)))
             for group, result in zip(groups, results, strict=True)
         ]
+
+    def insert_parts(self, parts: Sequence[Part]) -> list[PartResult]:
+        """Hold trajectories until their groups are complete; see ReplayTable."""
+        own = [part for part in parts if part.run_id == self._run_id]
+        answers = iter(self._scripts.run("hold", [self._hold_arguments(part) for part in own]))
+        return [self._part_result(part, next(answers) if part.run_id == self._run_id else None) for part in parts]
 
     def sample(self, request: SampleRequest) -> list[Sample]:
         """Hand out a draw, or [] while it must wait; see ReplayTable. Raises Conflict for a reused request_id."""
@@ -93,15 +110,27 @@ class RedisTable:
             raise NotFound(f"group {group_id!r} is not stored", hint="it may have been removed since")
         return self._decode(body)
 
+    def tidy(self) -> None:
+        """Do what is due by the clock; see ServedTable."""
+        more, *sealed = self._scripts.run("tidy", [[]])[0]
+        while more:
+            more, *sealed = self._scripts.run("tidy", [[]])[0]
+        for group_id in sealed:
+            self._insert_sealed(group_id.decode())
+
+    def count_malformed(self, num_groups: int) -> None:
+        """Count submissions that were no records; see ServedTable."""
+        self._count("result:malformed", num_groups)
+
     def stats(self) -> TableStats:
         """Return the counters."""
         pipeline = self._client.pipeline(transaction=True)
         for histogram in ("stats", "versions", "uses"):
             pipeline.hgetall(self._scripts.key(histogram))
-        for index in ("train", "fresh", "eval"):
+        for index in ("train", "fresh", "eval", "partials", "sealed"):
             pipeline.zcard(self._scripts.key(index))
         with store_errors():
-            raw, versions, uses, num_train, num_fresh_groups, num_eval = pipeline.execute()
+            raw, versions, uses, num_train, num_fresh_groups, num_eval, num_open, num_sealed = pipeline.execute()
         fields = {name.decode(): value.decode() for name, value in raw.items()}
         counts = {name: int(fields.get(name, 0)) for name in _COUNTERS}
         removed = {name.removeprefix("removed:"): int(n) for name, n in fields.items() if name.startswith("removed:")}
@@ -123,7 +152,10 @@ class RedisTable:
             num_response_tokens=counts["tokens"],
             inserted_total=counts["inserted"],
             sampled_total=counts["sampled"],
-            outcomes=_outcomes(fields),
+            outcomes=_outcomes(fields, "result:"),
+            part_outcomes=_outcomes(fields, "part:"),
+            num_partial_groups=num_open + num_sealed,
+            partial_bytes=counts["partial_bytes"],
             removed=removed,
             stored_versions={int(version): int(n) for version, n in versions.items()},
             stored_uses={int(times): int(n) for times, n in uses.items()},
@@ -139,9 +171,57 @@ class RedisTable:
         learner, actors = _waiting(fields, "learner"), _waiting(fields, "actors")
         return report(learner, actors, limiter=self._limiter, pace=pace, now_s=self._clock())
 
-    def _count_result(self, code: str) -> None:
+    def _count(self, counter: str, number: int = 1) -> None:
         with store_errors():
-            self._client.hincrby(self._scripts.key("stats"), f"result:{code}", 1)
+            self._client.hincrby(self._scripts.key("stats"), counter, number)
+
+    def _hold_arguments(self, part: Part) -> list[str | bytes]:
+        facts = _version_facts(part.trajectory) | {
+            "group_id": part.group_id,
+            "trajectory_id": part.trajectory.trajectory_id,
+            "fields": fields_of(part),
+            "group_size": part.group_size,
+            "split": part.split.value,
+            "envelope_bytes": envelope_bytes(part),
+            "limit_bytes": limit_bytes(self._settings),
+        }
+        return [json.dumps(facts), encode_trajectory(part.trajectory)]
+
+    def _part_result(self, part: Part, answer: list[Any] | None) -> PartResult:
+        """Read an answer of hold.lua, None for a part of another run, and insert its group if it is sealed."""
+        if answer is None:
+            self._count("part:run")
+            return part_result(part, *refusal("run"))
+        sealed, *rest = answer
+        code, facts = _answer(rest)
+        inserted = self._insert_sealed(part.group_id) if sealed else None
+        if inserted is not None:
+            return part_result(part, inserted.outcome, inserted.reason)
+        if code == "known" or sealed:  # sealed, but another caller was faster to insert it
+            late = judge_late(part, self._stored(part.group_id))
+            if not sealed:
+                self._count(f"part:{late}")
+            return part_result(part, *refusal(late))
+        return part_result(part, *refusal(code, facts))
+
+    def _stored(self, group_id: str) -> Group | None:
+        try:
+            return self.get(group_id)
+        except NotFound:
+            return None
+
+    def _insert_sealed(self, group_id: str) -> InsertResult | None:
+        """Insert a sealed partial group; None when it is no longer there."""
+        with store_errors():
+            raw: Any = self._client.hgetall(self._scripts.key(f"partial:{group_id}"))
+        if not raw:
+            return None
+        records = [record for name, record in raw.items() if name.startswith(b"t:")]
+        group = group_of(self._run_id, group_id, raw[b"fields"].decode(), records)
+        record = encode_group(group)
+        return _insert_result(
+            group, *_answer(self._scripts.run("insert", [[_facts_of(group, record, sealed=True), record]])[0])
+        )
 
     def _sample_arguments(self, request: SampleRequest) -> list[str | bytes]:
         selector = request.selector
@@ -167,26 +247,29 @@ class RedisTable:
         return decode_group(body, max_bytes=len(body))
 
 
-_COUNTERS = ["bytes", "tokens", "foreign", "inserted", "sampled", "trajectories"]
+_COUNTERS = ["bytes", "partial_bytes", "tokens", "foreign", "inserted", "sampled", "trajectories"]
 _COUNTERS += ["forgotten_ids", "wanted_fresh", "no_room"]
 """Integer fields of the hash `stats`; see common.lua."""
 
 
-def _facts_of(group: Group, record: bytes) -> str:
+def _facts_of(group: Group, record: bytes, *, sealed: bool = False) -> str:
     """Return what insert.lua wants to know about a group; see its header."""
-    oldest, newest = group.oldest_version, group.newest_version
-    facts = {
+    facts = _version_facts(group) | {
         "group_id": group.group_id,
         "content": record_hash(record),
         "split": group.split.value,
-        "foreign": group.is_foreign,
         "tokens": group.num_response_tokens,
         "trajectories": len(group.trajectories),
+        "sealed": sealed,
         "reward_sum": repr(sum(trajectory.reward for trajectory in group.trajectories)),
     }
-    if oldest is not None and newest is not None:
-        facts |= {"oldest": str(oldest), "newest": str(newest)}
     return json.dumps(facts)
+
+
+def _version_facts(tokens: Group | Trajectory) -> dict[str, Any]:
+    oldest, newest = tokens.oldest_version, tokens.newest_version
+    own = {} if oldest is None or newest is None else {"oldest": str(oldest), "newest": str(newest)}
+    return own | {"foreign": tokens.is_foreign}
 
 
 def _insert_result(group: Group, code: str, facts: Facts = ()) -> InsertResult:
@@ -200,11 +283,11 @@ def _answer(answer: list[bytes]) -> tuple[str, Facts]:
     return answer[0].decode(), tuple(float(fact) for fact in answer[1:])
 
 
-def _outcomes(fields: dict[str, str]) -> dict[str, int]:
+def _outcomes(fields: dict[str, str], prefix: str) -> dict[str, int]:
     outcomes: Counter[str] = Counter()
     for name, number in fields.items():
-        if name.startswith("result:"):
-            outcomes[outcome_of(name.removeprefix("result:")).value] += int(number)
+        if name.startswith(prefix):
+            outcomes[outcome_of(name.removeprefix(prefix)).value] += int(number)
     return dict(outcomes)
 
 

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from buffer.selectors import Fifo, Selector
 from buffer.settings import Settings
-from buffer.types import Group, Identifier, InsertResult, PolicyVersion, Record, Sample
+from buffer.types import Group, Identifier, InsertResult, Part, PartResult, PolicyVersion, Record, Sample
 
 
 class TableSettings(Settings):
@@ -32,6 +32,14 @@ class TableSettings(Settings):
     """Seconds for which ids are remembered beyond removal, so that a late retry is a `duplicate`."""
     dedup_max_ids: Annotated[int, Field(ge=1)] = 1_000_000
     """Ids remembered at most, oldest forgotten first (counted)."""
+    partial_group_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds from the first trajectory of a group submitted in parts until it is closed, complete or not."""
+    min_group_size: Annotated[int, Field(ge=1)] = 2
+    """A group closed by time-out is kept with at least so many trajectories, else dropped; a baseline needs two."""
+    partial_max_groups: Annotated[int, Field(ge=1)] = 10_000
+    """Partial groups held at most; a part that would open one more is `full`."""
+    partial_max_bytes: Annotated[int, Field(ge=1)] = 256 << 20
+    """Bytes of partial groups held at most, beside `capacity_bytes`; a part that goes beyond is `full`."""
     repeat_window_s: Annotated[float, Field(gt=0)] = 60.0
     """Seconds within which a repeated sample request_id returns the same draw."""
 
@@ -75,8 +83,14 @@ class TableStats(Record):
     """Train groups ever handed out, repeats of a request_id not counted."""
     outcomes: dict[str, int]
     """Submitted groups by outcome, all time."""
+    part_outcomes: dict[str, int]
+    """Submitted parts by outcome, all time; one that completes its group is `pending` here, its group is above."""
+    num_partial_groups: int
+    """Groups submitted in parts that are not stored yet."""
+    partial_bytes: int
     removed: dict[str, int]
-    """Removed groups by reason: capacity, age, age_unsampled, reuse, ttl, ttl_unsampled; all time."""
+    """Removed groups by reason: capacity, age, age_unsampled, reuse, ttl, ttl_unsampled; all time. partial_timeout:
+    groups that never had `min_group_size` trajectories."""
     forgotten_ids_total: int
     """Ids forgotten before `dedup_window_s` because `dedup_max_ids` was reached."""
     stored_versions: dict[int, int]
@@ -105,6 +119,14 @@ class ReplayTable(Protocol):
         """
         ...
 
+    def insert_parts(self, parts: Sequence[Part]) -> list[PartResult]:
+        """Hold trajectories until their groups are complete, then insert the groups; idempotent per trajectory.
+
+        An agent that finishes one response at a time calls it. `full` means: submit the same part again later.
+        Raises StoreUnavailable when the store refuses; then nothing was acknowledged.
+        """
+        ...
+
     def sample(self, request: SampleRequest) -> list[Sample]:
         """Hand out exactly `num_groups` distinct groups, or [] while the limiter or the selector cannot.
 
@@ -123,4 +145,19 @@ class ReplayTable(Protocol):
 
     def stats(self) -> TableStats:
         """Return the counters in constant time."""
+        ...
+
+
+class ServedTable(ReplayTable, Protocol):
+    """A table with what only its service calls; any number of services may call at once."""
+
+    def tidy(self) -> None:
+        """Do what is due by the clock: remove overdue groups, close overdue partial groups, insert sealed ones.
+
+        The janitor calls it at each tick.
+        """
+        ...
+
+    def count_malformed(self, num_groups: int) -> None:
+        """Count submissions as `invalid` that were no records, so that no table saw them."""
         ...

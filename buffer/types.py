@@ -176,6 +176,11 @@ class Trajectory(Record):
         return min((span.version for span in self.spans if span.version is not None), default=None)
 
     @property
+    def newest_version(self) -> PolicyVersion | None:
+        """The newest policy version of any span; None when no span is ours."""
+        return max((span.version for span in self.spans if span.version is not None), default=None)
+
+    @property
     def is_foreign(self) -> bool:
         """Whether any span was not drawn by this run's weights."""
         return any(span.version is None for span in self.spans)
@@ -206,8 +211,8 @@ class Group(Record):
     @property
     def newest_version(self) -> PolicyVersion | None:
         """The newest version of any span; it must not exceed the latest published one."""
-        versions = [span.version for t in self.trajectories for span in t.spans if span.version is not None]
-        return max(versions, default=None)
+        versions = [t.newest_version for t in self.trajectories]
+        return max((version for version in versions if version is not None), default=None)
 
     @property
     def is_foreign(self) -> bool:
@@ -220,8 +225,20 @@ class Group(Record):
         return sum(len(trajectory.response_ids) for trajectory in self.trajectories)
 
 
+class Part(Record):
+    """One trajectory of a group that its agent finishes one response at a time."""
+
+    run_id: Identifier
+    group_id: Identifier
+    prompt_id: Identifier
+    split: Annotated[Split, Field(strict=False)]
+    group_size: Annotated[StrictInt, Field(ge=1, le=MAX_ITEMS)]
+    """Trajectories of the whole group. It and the fields above are the same in every part of a group."""
+    trajectory: Trajectory
+
+
 class InsertOutcome(StrEnum):
-    """What became of a submitted group. Only `accepted` promises storage."""
+    """What became of a submitted group or part. Only `accepted` promises storage."""
 
     ACCEPTED = "accepted"
     DUPLICATE = "duplicate"
@@ -230,6 +247,10 @@ class InsertOutcome(StrEnum):
     FULL = "full"
     OVERSIZE = "oversize"
     INVALID = "invalid"
+    PENDING = "pending"
+    """Parts only: held until its group is complete, not yet promised."""
+    GROUP_CLOSED = "group_closed"
+    """Parts only: its group takes no more trajectories."""
 
     def __bool__(self) -> bool:
         raise TypeError("an InsertOutcome is not a truth value: compare it")
@@ -242,6 +263,12 @@ class InsertResult(Record):
     outcome: Annotated[InsertOutcome, Field(strict=False)]
     reason: str = ""
     """One sentence for every outcome but `accepted`: what is wrong and what to do."""
+
+
+class PartResult(InsertResult):
+    """The outcome of one part; that of the part which completes a group is the outcome of the group."""
+
+    trajectory_id: str
 
 
 class SampleInfo(Record):

@@ -10,7 +10,7 @@ from pydantic import Field, SecretStr
 
 from buffer.rate_limiter import RateLimiterSettings
 from buffer.settings import Settings
-from buffer.table import ReplayTable, TableSettings
+from buffer.table import ServedTable, TableSettings
 from buffer.weights.directory_store import DirectoryWeightStore
 from services.presence import Presence
 from services.security import TokenSettings
@@ -49,7 +49,7 @@ class ServiceContext:
 
     run_id: str
     settings: ServiceSettings
-    table: ReplayTable
+    table: ServedTable
     table_settings: TableSettings
     limiter_settings: RateLimiterSettings
     weights: DirectoryWeightStore

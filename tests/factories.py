@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from hashlib import sha256
+from typing import Any
 
 import numpy as np
 
-from buffer.types import FinishReason, Group, PolicyVersion, SamplingSettings, Split, Trajectory, VersionSpan
+from buffer.types import FinishReason, Group, Part, PolicyVersion, SamplingSettings, Split, Trajectory, VersionSpan
 from buffer.weights.manifest import Manifest, Payload, Probe
 
 UNTRUNCATED = SamplingSettings(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)
@@ -80,6 +81,22 @@ def make_group(
             for i, reward in enumerate(rewards)
         ]
     return Group(run_id=run_id, group_id=group_id, prompt_id=prompt_id, split=split, trajectories=tuple(trajectories))
+
+
+def parts_of(group_id: str = "g0", *, size: int, **fields: Any) -> list[Part]:
+    """Return the parts of make_group(group_id) with `size` rewards of 0; `fields` are further ones of make_group."""
+    group = make_group(group_id, rewards=(0.0,) * size, **fields)
+    return [
+        Part(
+            run_id=group.run_id,
+            group_id=group_id,
+            prompt_id=group.prompt_id,
+            split=group.split,
+            group_size=size,
+            trajectory=trajectory,
+        )
+        for trajectory in group.trajectories
+    ]
 
 
 def make_manifest(version: PolicyVersion, *, payload: bytes = PAYLOAD, run_id: str = RUN_ID) -> Manifest:

@@ -11,7 +11,8 @@
 --   tokens, foreign        response tokens and foreign groups among the stored train groups
 --   inserted, sampled      train groups ever accepted; groups ever handed out
 --   trajectories, reward_sum   of the train groups ever accepted
---   result:<code>          insert attempts by result (outcomes.py), all time
+--   result:<code>          insert attempts by result (outcomes.py), all time; part:<code> of single trajectories
+--   partial_bytes          bytes of all partial groups
 --   removed:<reason>       removed groups, all time
 --   forgotten_ids          ids dropped from `remembered` by dedup_max_ids
 --   wanted_fresh           fresh groups that the last refused draw was short of; absent = 0
@@ -28,8 +29,13 @@
 -- group:<seq>    hash    body (canonical msgpack), group_id, content (hash), split, version ('' = none), foreign (0/1),
 --                        tokens, bytes, uses, inserted_s, sampled_s. A removed group that was handed out lives on until
 --                        repeat_window_s after that, for a repeat of the request
--- remembered     hash    group_id -> content hash of a removed group
+-- remembered     hash    group_id -> content hash of a removed group; '' = a partial group that was dropped
 -- remembered_at  zset    group_id, score = time of removal in seconds
+-- partials       zset    open partial groups: group_id, score = time of the first trajectory in seconds
+-- sealed         zset    partial groups that take no more trajectories and wait to be inserted: group_id, score = time
+--                        of sealing or of the last refused insert
+-- partial:<id>   hash    fields (prompt_id, split and group_size as one text), count, bytes,
+--                        t:<trajectory_id> = encoded trajectory
 -- draw:<request> string  cmsgpack {request, time in seconds, list of {sequence, uses, age, probability}}, expires
 
 local prefix = KEYS[1]
@@ -185,4 +191,61 @@ end
 
 local function latest_version()
   return tonumber(redis.call('HGET', key('stats'), 'latest_version') or -1)
+end
+
+-- The content of the stored or removed group of this id; nil = a new id.
+local function known_content(group_id)
+  local sequence = redis.call('HGET', key('sequences'), group_id)
+  if sequence then
+    return redis.call('HGET', group_key(sequence), 'content')
+  end
+  local removed_s = redis.call('ZSCORE', key('remembered_at'), group_id)
+  if removed_s and tonumber(removed_s) > tonumber(now) - settings.table.dedup_window_s then
+    return redis.call('HGET', key('remembered'), group_id)
+  end
+  return nil
+end
+
+-- outcomes.refused_for_version; `facts` are those of a group or a trajectory
+local function refused_for_version(facts, latest)
+  local newest, oldest, max_age = tonumber(facts.newest), tonumber(facts.oldest), settings.table.max_age_updates
+  if newest and newest > latest then
+    return { 'version', facts.newest, integer(latest) }
+  elseif facts.split ~= 'train' then
+    return nil
+  elseif max_age and oldest and latest - oldest > max_age then
+    return { 'stale', facts.oldest, integer(latest - oldest), integer(max_age) }
+  elseif facts.foreign and settings.table.foreign_share == 0 then
+    return { 'foreign' }
+  end
+  return nil
+end
+
+local function forget_overdue()
+  local limit = string.format('%.17g', tonumber(now) - settings.table.dedup_window_s)
+  for _, group_id in ipairs(redis.call('ZRANGEBYSCORE', key('remembered_at'), '-inf', limit, 'LIMIT', 0, BATCH)) do
+    redis.call('ZREM', key('remembered_at'), group_id)
+    redis.call('HDEL', key('remembered'), group_id)
+  end
+end
+
+-- Let a partial group take no more trajectories.
+local function seal(group_id)
+  redis.call('ZREM', key('partials'), group_id)
+  redis.call('ZADD', key('sealed'), now, group_id)
+end
+
+-- Forget the trajectories of a partial group, and keep its id, so that later ones are told.
+local function drop_partial(group_id)
+  local bytes = redis.call('HGET', key('partial:' .. group_id), 'bytes')
+  if not bytes then
+    return
+  end
+  redis.call('UNLINK', key('partial:' .. group_id))
+  redis.call('ZREM', key('partials'), group_id)
+  redis.call('ZREM', key('sealed'), group_id)
+  add_stat('partial_bytes', -bytes)
+  if not known_content(group_id) then
+    remember(group_id, '')
+  end
 end

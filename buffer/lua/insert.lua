@@ -1,7 +1,8 @@
 -- Store one group or say why not. The schema is in common.lua.
 --
--- ARGV[3] JSON {group_id, content, split, oldest, newest, foreign (bool), tokens, trajectories, reward_sum}; the
---         versions are decimal strings, absent when no span has one; reward_sum is a decimal string
+-- ARGV[3] JSON {group_id, content, split, oldest, newest, foreign (bool), tokens, trajectories, reward_sum,
+--         sealed (bool: assembled from a sealed partial group)}; the versions are decimal strings, absent when no span
+--         has one; reward_sum is a decimal string
 -- ARGV[4] the encoded group
 -- Returns {code, fact...}: `accepted` or a refusal of outcomes.py with the numbers of its sentence as strings.
 
@@ -21,17 +22,11 @@ local function paced(pace)
   return { 'pace', tostring(limiter_error(pace)), tostring(ceiling) }
 end
 
-local function refused_for_training(latest)
-  local max_age, oldest = settings.table.max_age_updates, tonumber(group.oldest)
-  if max_age and oldest and latest - oldest > max_age then
-    return { 'stale', group.oldest, integer(latest - oldest), integer(max_age) }
-  end
+local function refused_for_training()
   local pace = read_pace()
   if group.foreign then
     local share, foreign = settings.table.foreign_share, stat('foreign')
-    if share == 0 then
-      return { 'foreign' }
-    elseif foreign + 1 > share * (pace.sampleable + 1) then
+    if foreign + 1 > share * (pace.sampleable + 1) then
       return { 'foreign_share', integer(foreign), integer(pace.sampleable), tostring(share) }
     end
   end
@@ -57,26 +52,12 @@ local function make_room()
   return nil
 end
 
-local function known_content()
-  local sequence = redis.call('HGET', key('sequences'), group.group_id)
-  if sequence then
-    return redis.call('HGET', group_key(sequence), 'content')
-  end
-  local removed_s = redis.call('ZSCORE', key('remembered_at'), group.group_id)
-  if removed_s and tonumber(removed_s) > tonumber(now) - settings.table.dedup_window_s then
-    return redis.call('HGET', key('remembered'), group.group_id)
-  end
-  return nil
-end
-
 local function refused()
-  local known, latest = known_content(), latest_version()
+  local known = known_content(group.group_id)
   if known then
     return { known == group.content and 'stored' or 'conflict' }
-  elseif group.newest and tonumber(group.newest) > latest then
-    return { 'version', group.newest, integer(latest) }
   end
-  return group.split == 'train' and refused_for_training(latest) or make_room()
+  return refused_for_version(group, latest_version()) or group.split == 'train' and refused_for_training() or make_room()
 end
 
 local function store_train(sequence, foreign)
@@ -108,14 +89,6 @@ local function store(sequence)
   redis.call('HDEL', key('stats'), 'no_room')
 end
 
-local function forget_overdue()
-  local limit = string.format('%.17g', tonumber(now) - settings.table.dedup_window_s)
-  for _, group_id in ipairs(redis.call('ZRANGEBYSCORE', key('remembered_at'), '-inf', limit, 'LIMIT', 0, BATCH)) do
-    redis.call('ZREM', key('remembered_at'), group_id)
-    redis.call('HDEL', key('remembered'), group_id)
-  end
-end
-
 -- The first write is one that Redis refuses when memory is full: then nothing at all has happened.
 local sequence = redis.call('HINCRBY', key('stats'), 'sequence', 1)
 remove_overdue(latest_version())
@@ -131,4 +104,11 @@ elseif result[1] == 'pace' or result[1] == 'capacity' then
   end
 end
 add_stat('result:' .. result[1], 1)
+if group.sealed then
+  if result[1] == 'pace' or result[1] == 'capacity' or result[1] == 'foreign_share' then
+    redis.call('ZADD', key('sealed'), 'XX', now, group.group_id)
+  else
+    drop_partial(group.group_id)
+  end
+end
 return result

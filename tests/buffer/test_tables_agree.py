@@ -23,10 +23,10 @@ from buffer.rate_limiter import RateLimiterSettings, check_request
 from buffer.redis_server import connect
 from buffer.redis_table import RedisTable
 from buffer.selectors import Fifo, Fresh, Mix, Selector, Uniform
-from buffer.table import ReplayTable, SampleRequest, TableSettings
+from buffer.table import SampleRequest, ServedTable, TableSettings
 from buffer.types import Split
 from tests.conftest import Clock
-from tests.factories import RUN_ID, make_group
+from tests.factories import RUN_ID, make_group, parts_of
 
 GROUP_BYTES = len(encode_group(make_group("g000", rewards=(0.0,))))
 
@@ -56,6 +56,9 @@ def tables(draw: st.DrawFn, limiter: RateLimiterSettings) -> TableSettings:
         foreign_share=draw(st.sampled_from([0.0, 0.5, 1.0])),
         dedup_window_s=draw(st.sampled_from([20.0, 1e6])),
         repeat_window_s=15.0,
+        partial_group_timeout_s=40.0,
+        partial_max_groups=draw(st.sampled_from([2, 100])),
+        partial_max_bytes=GROUP_BYTES * draw(st.sampled_from([4, 1000])),
     )
 
 
@@ -85,7 +88,7 @@ class Tables(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.client.close()
 
-    def both(self, call: Callable[[ReplayTable], Any]) -> Any:
+    def both(self, call: Callable[[ServedTable], Any]) -> Any:
         memory, on_redis = outcome_of(lambda: call(self.memory)), outcome_of(lambda: call(self.redis))
         assert memory == on_redis
         return memory
@@ -130,6 +133,24 @@ class Tables(RuleBasedStateMachine):
     def insert_known_id(self, back: int, reward: float) -> None:
         group = make_group(f"g{max(1, self.number - back):03}", rewards=(reward,), version=self.version)
         self.both(lambda table: table.insert([group]))
+
+    @rule(
+        name=st.sampled_from(["p0", "p1", "p2", "g001"]),
+        size=st.integers(1, 4),
+        member=st.integers(0, 3),
+        behind=st.integers(-1, 2),
+    )
+    def insert_part(self, name: str, size: int, member: int, behind: int) -> None:
+        part = parts_of(name, size=size, version=max(0, self.version - behind))[member % size]
+        self.both(lambda table: table.insert_parts([part]))
+
+    @rule()
+    def tidy(self) -> None:
+        self.both(lambda table: table.tidy())
+
+    @rule(name=st.sampled_from(["p0", "p1", "p2"]))
+    def get_assembled(self, name: str) -> None:
+        self.both(lambda table: encode_group(table.get(name)))
 
     @rule(num_groups=st.integers(1, 6), selector=selectors, ahead=st.integers(0, 2))
     def sample(self, num_groups: int, selector: Selector, ahead: int) -> None:

@@ -15,10 +15,10 @@ from buffer.memory_table import MemoryTable
 from buffer.rate_limiter import RateLimiterSettings
 from buffer.redis_server import connect
 from buffer.redis_table import RedisTable
-from buffer.table import ReplayTable, TableSettings
+from buffer.table import ServedTable, TableSettings
 from tests.conftest import Clock
 from tests.factories import RUN_ID
-from tests.services.live import NO_RETRY, PublishingTable, make_context, serving
+from tests.services.live import NO_RETRY, ServedOverHttp, make_context, serving
 
 DEFAULTS = TableSettings()
 OPEN = RateLimiterSettings(samples_per_insert=1.0, min_size=1, error_buffer=1e9)
@@ -28,7 +28,7 @@ OPEN = RateLimiterSettings(samples_per_insert=1.0, min_size=1, error_buffer=1e9)
 class TableFactory(Protocol):
     def __call__(
         self, settings: TableSettings = ..., limiter: RateLimiterSettings = ..., *, latest_version: int = ...
-    ) -> ReplayTable: ...
+    ) -> ServedTable: ...
 
 
 class MakeTable:
@@ -40,17 +40,17 @@ class MakeTable:
 
     def __call__(
         self, settings: TableSettings = DEFAULTS, limiter: RateLimiterSettings = OPEN, *, latest_version: int = 0
-    ) -> ReplayTable:
-        table = self._local(settings, limiter)
+    ) -> ServedTable:
+        local = table = self._local(settings, limiter)
         if self._kind == "http":
-            context = make_context(next(self._directories), table, table_settings=settings, limiter=limiter)
+            context = make_context(next(self._directories), local, table_settings=settings, limiter=limiter)
             url = self._stack.enter_context(serving(context))
-            table = PublishingTable(self._stack.enter_context(closing(ServiceClient(url, settings=NO_RETRY))))
+            table = ServedOverHttp(self._stack.enter_context(closing(ServiceClient(url, settings=NO_RETRY))), local)
         if latest_version >= 0:
             table.advance_version(latest_version)
         return table
 
-    def _local(self, settings: TableSettings, limiter: RateLimiterSettings) -> ReplayTable:
+    def _local(self, settings: TableSettings, limiter: RateLimiterSettings) -> ServedTable:
         rng = random.Random(7)
         if self._client is None:
             return MemoryTable(settings, limiter, RUN_ID, clock=self._clock, rng=rng)

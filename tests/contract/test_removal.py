@@ -2,7 +2,7 @@
 
 import pytest
 
-from buffer.codec import encode_group
+from buffer.codec import encode_group, encode_trajectory
 from buffer.errors import NotFound
 from buffer.rate_limiter import RateLimiterSettings
 from buffer.table import TableSettings, TableStats
@@ -10,7 +10,7 @@ from buffer.types import Split
 from tests.conftest import Clock
 from tests.contract.conftest import TableFactory
 from tests.contract.helpers import draw, ids, insert
-from tests.factories import make_group
+from tests.factories import make_group, parts_of
 
 
 def test_age_gate_removes_at_publication_and_counts_unused_groups_apart(make_table: TableFactory) -> None:
@@ -106,6 +106,7 @@ def test_every_counter_is_true_after_a_mixed_history(make_table: TableFactory, c
     )
     draw(table, 2, learner_version=3)
     draw(table, 1, learner_version=3)
+    table.insert_parts(parts_of("p", size=2)[:1])
 
     stored = [table.get(name) for name in "bcf"]
     assert table.stats() == TableStats(
@@ -118,6 +119,9 @@ def test_every_counter_is_true_after_a_mixed_history(make_table: TableFactory, c
         inserted_total=4,
         sampled_total=3,
         outcomes={"accepted": 5, "duplicate": 1, "invalid": 1},
+        part_outcomes={"pending": 1},
+        num_partial_groups=1,
+        partial_bytes=len(encode_trajectory(parts_of("p", size=2)[0].trajectory)),
         removed={"reuse": 1},
         forgotten_ids_total=0,
         stored_versions={3: 2},

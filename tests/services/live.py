@@ -15,7 +15,7 @@ from buffer.client import HttpTable, HttpWeightStore
 from buffer.connection import ClientSettings, ServiceClient
 from buffer.memory_table import MemoryTable
 from buffer.rate_limiter import RateLimiterSettings
-from buffer.table import ReplayTable, TableSettings
+from buffer.table import ServedTable, TableSettings
 from buffer.types import PolicyVersion
 from buffer.weights.directory_store import DirectoryWeightStore
 from services.address import read_address
@@ -31,7 +31,7 @@ NO_RETRY = ClientSettings(retry_budget_s=0.0, read_timeout_s=20.0)
 
 def make_context(
     directory: Path,
-    table: ReplayTable | None = None,
+    table: ServedTable | None = None,
     *,
     settings: ServiceSettings = SERVICE,
     table_settings: TableSettings = TABLE,
@@ -82,6 +82,14 @@ class PublishingTable(HttpTable):
             self._weights.put_blob(sha256(PAYLOAD).hexdigest(), [PAYLOAD])
             self._weights.publish(make_manifest(version))
         super().advance_version(version)
+
+
+class ServedOverHttp(PublishingTable):
+    """A table behind HTTP, with what its service does to it at its own time done when a test says so."""
+
+    def __init__(self, client: ServiceClient, served: ServedTable) -> None:
+        super().__init__(client)
+        self.tidy, self.count_malformed = served.tidy, served.count_malformed
 
 
 class ServeProcess:
