@@ -6,17 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+from pydantic import BaseModel
+
+from buffer.browsing import GroupPage, GroupQuery, GroupSummary
 from buffer.connection import ClientSettings, ServiceClient, body_of, error_of
 from buffer.errors import CorruptWeights, InvalidRequest, StalewiseError
 from buffer.table import SampleRequest, TableStats
-from buffer.types import Group, InsertResult, PolicyVersion, Sample
+from buffer.types import Group, InsertResult, Part, PartResult, PolicyVersion, Sample
 from buffer.weights.manifest import Manifest, Payload
 from buffer.wire import (
     JSON,
     MSGPACK,
     InsertRequest,
     InsertResponse,
+    PartsRequest,
+    PartsResponse,
     SampleResponse,
+    StoredGroup,
     TimedSampleRequest,
     encode,
     parse,
@@ -46,21 +52,38 @@ class HttpTable:
         """Insert groups and learn how long to pause; see ReplayTable.insert."""
         if not groups:
             return Submission(results=[], retry_after_s=None)
-        body = encode(InsertRequest(groups=list(groups)), MSGPACK)
+        return self._submit("/v1/groups", InsertRequest(groups=list(groups)))
+
+    def insert(self, groups: Sequence[Group]) -> list[InsertResult]:
+        """See ReplayTable."""
+        return self.submit(groups).results
+
+    def insert_parts(self, parts: Sequence[Part]) -> list[PartResult]:
+        """See ReplayTable."""
+        if not parts:
+            return []
+        answered, _ = self._post("/v1/trajectories", PartsRequest(trajectories=list(parts)))
+        return parse(PartsResponse, {"results": answered}).results
+
+    def import_groups(self, groups: Sequence[Group], *, foreign: bool) -> Submission:
+        """Insert recorded groups; `foreign` = drawn by other weights than this run's. Needs the role admin."""
+        return self._submit(f"/v1/import?foreign={str(foreign).lower()}", InsertRequest(groups=list(groups)))
+
+    def _submit(self, path: str, body: InsertRequest) -> Submission:
+        answered, retry_after_s = self._post(path, body)
+        return Submission(results=parse(InsertResponse, {"results": answered}).results, retry_after_s=retry_after_s)
+
+    def _post(self, path: str, body: BaseModel) -> tuple[object, float | None]:
+        """Return the results that a submission is answered with, and the pause asked for."""
         response = self._client.request(
-            "POST", "/v1/groups", body=body, content_type=MSGPACK, accept=MSGPACK, answers=_INSERT_ANSWERS
+            "POST", path, body=encode(body, MSGPACK), content_type=MSGPACK, accept=MSGPACK, answers=_INSERT_ANSWERS
         )
         try:
             answered = body_of(response)["results"]
         except (StalewiseError, KeyError, TypeError):  # refused as a whole, or not our service
             raise error_of(response) from None
-        results = parse(InsertResponse, {"results": answered}).results
         pause = response.headers.get("Retry-After")
-        return Submission(results=results, retry_after_s=float(pause) if pause else None)
-
-    def insert(self, groups: Sequence[Group]) -> list[InsertResult]:
-        """See ReplayTable."""
-        return self.submit(groups).results
+        return answered, float(pause) if pause else None
 
     def sample(self, request: SampleRequest, *, timeout_s: float = 0.0) -> list[Sample]:
         """See ReplayTable; the service waits up to `timeout_s` for the draw to become possible."""
@@ -92,8 +115,21 @@ class HttpTable:
 
     def get(self, group_id: str) -> Group:
         """See ReplayTable."""
+        return self._stored(group_id).group
+
+    def summary(self, group_id: str) -> GroupSummary:
+        """See ReplayTable."""
+        return self._stored(group_id).summary
+
+    def _stored(self, group_id: str) -> StoredGroup:
         response = self._client.request("GET", f"/v1/groups/{quote(group_id, safe='')}", accept=MSGPACK)
-        return parse(Group, body_of(response))
+        return parse(StoredGroup, body_of(response))
+
+    def browse(self, query: GroupQuery) -> GroupPage:
+        """See ReplayTable."""
+        given = query.model_dump(mode="json", exclude_defaults=True)
+        params = {name: str(value) for name, value in given.items()}
+        return parse(GroupPage, body_of(self._client.request("GET", "/v1/groups", accept=MSGPACK, params=params)))
 
     def stats(self) -> TableStats:
         """See ReplayTable."""

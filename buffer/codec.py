@@ -6,11 +6,13 @@ from typing import Any, TypeVar
 
 import msgpack
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from buffer.errors import InvalidRecord, Oversize
-from buffer.types import SCHEMA, Group, Trajectory
+from buffer.types import SCHEMA, Group, Part, Record, Trajectory
 
 C = TypeVar("C", list[Any], dict[str, Any])
+R = TypeVar("R", bound=Record)
 
 MAX_LIST_ITEMS = 1 << 18
 """Longest list in a message; longer token arrays travel as raw bytes."""
@@ -97,10 +99,31 @@ class _ContainerBudget:
 
 def group_from_record(record: object) -> Group:
     """Validate a decoded record. Raises InvalidRecord with one sentence: which field, what is wrong, the value seen."""
+    return _validated(Group, record)
+
+
+def part_from_record(record: object) -> Part:
+    """Validate a decoded record, as `group_from_record` does."""
+    return _validated(Part, record)
+
+
+def _validated(kind: type[R], record: object) -> R:
     try:
-        return Group.model_validate(record)
+        return kind.model_validate(record)
     except ValidationError as error:
-        raise InvalidRecord(sentence(record, error)) from error
+        missing = any(_lacks_logprobs(fault) for fault in error.errors(include_url=False, include_context=False))
+        hint = _WHY_LOGPROBS if missing else ""
+        raise InvalidRecord(sentence(record, error), hint=hint) from error
+
+
+_WHY_LOGPROBS = (
+    "the ratio to the policy that drew a token cannot be known without its log-prob, and a missing one is not a ratio "
+    "of 1: record the log-probs that the sampler reports"
+)
+
+
+def _lacks_logprobs(fault: ErrorDetails) -> bool:
+    return fault["loc"][-1:] == ("behavior_logprobs",) and (fault["type"] == "missing" or fault["input"] is None)
 
 
 def sentence(record: object, error: ValidationError) -> str:

@@ -9,8 +9,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from buffer.browsing import GroupPage, GroupQuery, GroupSummary
 from buffer.codec import encode_group, encode_trajectory, record_hash
 from buffer.errors import Conflict, InvalidRequest, NotFound
+from buffer.memory_entry import Entry, page_of
 from buffer.outcomes import Facts, no_fit, outcome_of, refusal, refused_at_sight, refused_for_version
 from buffer.parts import PartialGroups, judge_late, part_result
 from buffer.rate_limiter import (
@@ -29,20 +31,6 @@ from buffer.staleness import age_updates, is_too_old
 from buffer.table import SampleRequest, TableSettings, TableStats
 from buffer.types import Group, InsertOutcome, InsertResult, Part, PartResult, PolicyVersion, Sample, SampleInfo, Split
 from buffer.waits import Waiting, refused_again, report
-
-
-@dataclass(slots=True)
-class _Entry:
-    sequence: int
-    group: Group
-    content: str
-    size_bytes: int
-    inserted_s: float
-    uses: int = 0
-
-    @property
-    def is_train(self) -> bool:
-        return self.group.split is Split.TRAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +60,7 @@ class MemoryTable:
         self._lock = threading.Lock()
         self._latest_version: PolicyVersion = -1
         self._next_sequence = 0
-        self._entries: dict[int, _Entry] = {}  # by sequence number, in the order of insertion
+        self._entries: dict[int, Entry] = {}  # by sequence number, in the order of insertion
         self._sequences: dict[str, int] = {}  # of stored groups, by group_id
         self._train: list[int] = []  # ascending
         self._fresh: dict[int, None] = {}  # an ordered set
@@ -133,9 +121,17 @@ class MemoryTable:
     def get(self, group_id: str) -> Group:
         """Return a stored group. Raises NotFound."""
         with self._lock:
-            if group_id not in self._sequences:
-                raise NotFound(f"group {group_id!r} is not stored", hint="it may have been removed since")
-            return self._entries[self._sequences[group_id]].group
+            return self._stored(group_id).group
+
+    def summary(self, group_id: str) -> GroupSummary:
+        """Return what browsing shows of a stored group. Raises NotFound."""
+        with self._lock:
+            return self._stored(group_id).summary(self._latest_version)
+
+    def browse(self, query: GroupQuery) -> GroupPage:
+        """Return one page of summaries; see ReplayTable."""
+        with self._lock:
+            return page_of(self._entries.values(), query, self._latest_version)
 
     def tidy(self) -> None:
         """Do what is due by the clock; see ServedTable."""
@@ -149,10 +145,11 @@ class MemoryTable:
             for group_id in self._partials.sealed():
                 self._insert_sealed(group_id)
 
-    def count_malformed(self, num_groups: int) -> None:
+    def count_malformed(self, *, groups: int = 0, parts: int = 0) -> None:
         """Count submissions that were no records; see ServedTable."""
         with self._lock:
-            self._outcomes[outcome_of("malformed").value] += num_groups
+            self._outcomes += Counter({outcome_of("malformed").value: groups})
+            self._part_outcomes += Counter({outcome_of("malformed").value: parts})
 
     def stats(self) -> TableStats:
         """Return the counters."""
@@ -194,6 +191,11 @@ class MemoryTable:
             wanted_fresh=self._wanted_fresh,
             no_room=self._no_room,
         )
+
+    def _stored(self, group_id: str) -> Entry:
+        if group_id not in self._sequences:
+            raise NotFound(f"group {group_id!r} is not stored", hint="it may have been removed since")
+        return self._entries[self._sequences[group_id]]
 
     # --- insert
 
@@ -257,7 +259,7 @@ class MemoryTable:
         return True
 
     def _store(self, group: Group, content: str, size_bytes: int, now_s: float) -> None:
-        entry = _Entry(self._next_sequence, group, content, size_bytes, now_s)
+        entry = Entry(self._next_sequence, group, content, size_bytes, now_s)
         self._next_sequence += 1
         self._entries[entry.sequence] = entry
         self._sequences[group.group_id] = entry.sequence
@@ -276,7 +278,7 @@ class MemoryTable:
         self._num_trajectories += len(group.trajectories)
         self._reward_sum += sum(trajectory.reward for trajectory in group.trajectories)
 
-    def _count(self, entry: _Entry, change: int) -> None:
+    def _count(self, entry: Entry, change: int) -> None:
         """Enter a train group into the counters of what is stored, or take it out."""
         group = entry.group
         self._num_tokens += change * group.num_response_tokens
@@ -286,7 +288,7 @@ class MemoryTable:
         elif group.oldest_version is not None:
             self._versions[group.oldest_version] += change
 
-    def _make_evictable(self, entry: _Entry) -> None:
+    def _make_evictable(self, entry: Entry) -> None:
         heapq.heappush(self._evictable, entry.sequence)
         self._num_evictable += 1
         self._evictable_bytes += entry.size_bytes
@@ -368,7 +370,7 @@ class MemoryTable:
         chance = 1 / max(1, len(self._train) - len(taken))
         return [(self._train[rank], chance) for rank in draw_ranks(ranks, len(self._train), lots)]
 
-    def _hand_out(self, entry: _Entry, chance: float, clock: PolicyVersion) -> Sample:
+    def _hand_out(self, entry: Entry, chance: float, clock: PolicyVersion) -> Sample:
         self._uses[entry.uses] -= 1
         entry.uses += 1
         self._uses[entry.uses] += 1
@@ -395,7 +397,7 @@ class MemoryTable:
                 entry = self._entries[sequence]
                 self._remove(entry, "age" if entry.uses else "age_unsampled")
 
-    def _remove(self, entry: _Entry, reason: str) -> None:
+    def _remove(self, entry: Entry, reason: str) -> None:
         group = entry.group
         del self._entries[entry.sequence], self._sequences[group.group_id]
         self._bytes -= entry.size_bytes

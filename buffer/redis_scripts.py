@@ -10,7 +10,7 @@ import redis
 
 from buffer.errors import StoreUnavailable
 
-_NAMES = ("insert", "hold", "sample", "advance", "tidy")
+_NAMES = ("insert", "hold", "sample", "advance", "tidy", "browse")
 
 
 class RedisScripts:

@@ -10,6 +10,7 @@ from typing import Any
 import msgpack
 import redis
 
+from buffer.browsing import GroupPage, GroupQuery, GroupSummary
 from buffer.codec import decode_group, encode_group, encode_trajectory, record_hash
 from buffer.errors import Conflict, InvalidRequest, NotFound
 from buffer.outcomes import Facts, no_fit, outcome_of, refusal, refused_at_sight
@@ -17,6 +18,7 @@ from buffer.parts import envelope_bytes, fields_of, group_of, judge_late, limit_
 from buffer.rate_limiter import Pace, RateLimiterSettings, check_request, check_settings, limiter_error
 from buffer.redis_scripts import RedisScripts, store_errors
 from buffer.selectors import Mix, draw_lots, num_fresh
+from buffer.staleness import age_updates
 from buffer.table import SampleRequest, TableSettings, TableStats, Wait
 from buffer.types import (
     Group,
@@ -27,6 +29,7 @@ from buffer.types import (
     PolicyVersion,
     Sample,
     SampleInfo,
+    Split,
     Trajectory,
 )
 from buffer.waits import FORGET_AFTER_S, Waiting, report
@@ -107,8 +110,30 @@ class RedisTable:
             sequence: Any = self._client.hget(self._scripts.key("sequences"), group_id)
             body: Any = self._client.hget(self._scripts.key(f"group:{sequence.decode()}"), "body") if sequence else None
         if body is None:
-            raise NotFound(f"group {group_id!r} is not stored", hint="it may have been removed since")
+            raise _not_stored(group_id)
         return self._decode(body)
+
+    def summary(self, group_id: str) -> GroupSummary:
+        """Return what browsing shows of a stored group. Raises NotFound."""
+        walk = {"indexes": [], "limit": 1, "group_id": group_id}
+        latest, *entries = self._scripts.run("browse", [[json.dumps(walk)]])[0]
+        if not entries:
+            raise _not_stored(group_id)
+        return _summary(entries[0], int(latest))
+
+    def browse(self, query: GroupQuery) -> GroupPage:
+        """Return one page of summaries; see ReplayTable."""
+        indexes = [query.split.value] if query.split else ["train", "eval"]
+        if query.prompt_id is not None:
+            indexes = [f"groups_of:{query.prompt_id}"]
+        elif query.unused:
+            indexes = ["fresh"]
+        walk = {"indexes": indexes, "limit": query.limit, "oldest_first": query.oldest_first}
+        walk |= {"cursor": query.cursor} if query.cursor is not None else {}
+        latest, *entries = self._scripts.run("browse", [[json.dumps(walk)]])[0]
+        summaries = [_summary(entry, int(latest)) for entry in entries[: query.limit]]
+        cursor = str(summaries[-1].sequence) if len(entries) > len(summaries) else None
+        return GroupPage(groups=summaries, cursor=cursor)
 
     def tidy(self) -> None:
         """Do what is due by the clock; see ServedTable."""
@@ -118,9 +143,11 @@ class RedisTable:
         for group_id in sealed:
             self._insert_sealed(group_id.decode())
 
-    def count_malformed(self, num_groups: int) -> None:
+    def count_malformed(self, *, groups: int = 0, parts: int = 0) -> None:
         """Count submissions that were no records; see ServedTable."""
-        self._count("result:malformed", num_groups)
+        for counter, number in {"result:malformed": groups, "part:malformed": parts}.items():
+            if number:
+                self._count(counter, number)
 
     def stats(self) -> TableStats:
         """Return the counters."""
@@ -256,6 +283,7 @@ def _facts_of(group: Group, record: bytes, *, sealed: bool = False) -> str:
     """Return what insert.lua wants to know about a group; see its header."""
     facts = _version_facts(group) | {
         "group_id": group.group_id,
+        "prompt_id": group.prompt_id,
         "content": record_hash(record),
         "split": group.split.value,
         "tokens": group.num_response_tokens,
@@ -281,6 +309,32 @@ def _insert_result(group: Group, code: str, facts: Facts = ()) -> InsertResult:
 
 def _answer(answer: list[bytes]) -> tuple[str, Facts]:
     return answer[0].decode(), tuple(float(fact) for fact in answer[1:])
+
+
+def _not_stored(group_id: str) -> NotFound:
+    return NotFound(f"group {group_id!r} is not stored", hint="it may have been removed since")
+
+
+def _summary(entry: list[Any], latest: PolicyVersion) -> GroupSummary:
+    """Read one entry of browse.lua."""
+    sequence, group_id, prompt_id, split, inserted_s, version, uses, trajectories, tokens, size_bytes, reward_sum = (
+        entry
+    )
+    oldest = int(version) if version else None
+    return GroupSummary(
+        sequence=int(sequence),
+        group_id=group_id.decode(),
+        prompt_id=prompt_id.decode(),
+        split=Split(split.decode()),
+        inserted_s=float(inserted_s),
+        oldest_version=oldest,
+        age_updates=age_updates(latest, oldest),
+        times_sampled=int(uses),
+        num_trajectories=int(trajectories),
+        num_response_tokens=int(tokens),
+        bytes=int(size_bytes),
+        mean_reward=float(reward_sum) / int(trajectories),
+    )
 
 
 def _outcomes(fields: dict[str, str], prefix: str) -> dict[str, int]:

@@ -5,6 +5,7 @@ from typing import Annotated, Protocol
 
 from pydantic import Field
 
+from buffer.browsing import GroupPage, GroupQuery, GroupSummary
 from buffer.selectors import Fifo, Selector
 from buffer.settings import Settings
 from buffer.types import Group, Identifier, InsertResult, Part, PartResult, PolicyVersion, Record, Sample
@@ -143,6 +144,14 @@ class ReplayTable(Protocol):
         """Return a stored group. Raises NotFound."""
         ...
 
+    def summary(self, group_id: str) -> GroupSummary:
+        """Return what is known about a stored group, its tokens apart. Raises NotFound."""
+        ...
+
+    def browse(self, query: GroupQuery) -> GroupPage:
+        """Return one page of stored groups in the order of insertion."""
+        ...
+
     def stats(self) -> TableStats:
         """Return the counters in constant time."""
         ...
@@ -158,6 +167,6 @@ class ServedTable(ReplayTable, Protocol):
         """
         ...
 
-    def count_malformed(self, num_groups: int) -> None:
+    def count_malformed(self, *, groups: int = 0, parts: int = 0) -> None:
         """Count submissions as `invalid` that were no records, so that no table saw them."""
         ...

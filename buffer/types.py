@@ -21,7 +21,9 @@ SCHEMA: Final = 1
 PolicyVersion = int
 """The learner's update clock when the weights were published; 0 = initial weights."""
 
-Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$")]
+IDENTIFIER_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$"
+
+Identifier = Annotated[str, Field(pattern=IDENTIFIER_PATTERN)]
 """An opaque id; never interpreted, only compared."""
 
 MAX_LOGPROB = 1e-3

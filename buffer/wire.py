@@ -10,15 +10,28 @@ import msgpack
 import pydantic_core
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, ValidationError
 
+from buffer.browsing import GroupSummary
 from buffer.codec import sentence, unpack
 from buffer.errors import InvalidRequest
 from buffer.rate_limiter import RateLimiterSettings
 from buffer.table import SampleRequest, TableStats, Wait
-from buffer.types import SCHEMA, Group, Identifier, InsertResult, LimiterState, PolicyVersion, Record, Sample
+from buffer.types import (
+    SCHEMA,
+    Group,
+    Identifier,
+    InsertResult,
+    LimiterState,
+    Part,
+    PartResult,
+    PolicyVersion,
+    Record,
+    Sample,
+)
 from buffer.weights.store import WeightsStatus
 
 JSON = "application/json"
 MSGPACK = "application/msgpack"
+JSON_LINES = "application/jsonl"
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
@@ -34,6 +47,17 @@ class Envelope(Record, Generic[T]):
 
 class InsertRequest(Envelope[Group]):
     """The body of POST /v1/groups."""
+
+
+class PartsEnvelope(Record, Generic[T]):
+    """Submitted parts of groups, not yet judged one by one."""
+
+    schema_number: SchemaNumber = SCHEMA
+    trajectories: Annotated[list[T], Field(min_length=1)]
+
+
+class PartsRequest(PartsEnvelope[Part]):
+    """The body of POST /v1/trajectories."""
 
 
 class InsertResponse(Record):
@@ -57,6 +81,25 @@ class InsertRefused(Problem):
     """No group was stored; one result per group says why."""
 
     results: list[InsertResult]
+
+
+class PartsResponse(Record):
+    """One result per submitted part, in the order submitted."""
+
+    results: list[PartResult]
+
+
+class PartsRefused(Problem):
+    """No part was taken; one result per part says why."""
+
+    results: list[PartResult]
+
+
+class StoredGroup(Record):
+    """The answer of GET /v1/groups/{group_id}."""
+
+    summary: GroupSummary
+    group: Group
 
 
 class TimedSampleRequest(SampleRequest):

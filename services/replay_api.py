@@ -1,23 +1,17 @@
 """The HTTP face of a replay table: stateless, JSON and msgpack, one honest status and one error shape."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import FastAPI, Path, Request, Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from buffer.codec import group_from_record
-from buffer.errors import InvalidRecord
 from buffer.table import SampleRequest
-from buffer.types import Group, InsertOutcome, InsertResult, LimiterState
+from buffer.types import IDENTIFIER_PATTERN, LimiterState
 from buffer.wire import (
-    Envelope,
     Heartbeat,
-    InsertRefused,
-    InsertRequest,
-    InsertResponse,
     LearnerReport,
     LimiterStatus,
     Limits,
@@ -29,32 +23,18 @@ from buffer.wire import (
     parse,
 )
 from services.bodies import answer, install_error_shape, read_body, sample_chunks, sent_media_type, wanted_media_type
+from services.browse_api import browse_operations
 from services.context import ServiceContext
 from services.dashboard import page_operations
+from services.intake_api import intake_operations
 from services.operations import Operation, register
 from services.security import Guard
 from services.weights_api import weight_operations
 
-_STATUS: Mapping[InsertOutcome, int] = {
-    InsertOutcome.ACCEPTED: 200,
-    InsertOutcome.DUPLICATE: 200,
-    InsertOutcome.CONFLICT: 409,
-    InsertOutcome.STALE: 409,
-    InsertOutcome.OVERSIZE: 413,
-    InsertOutcome.INVALID: 422,
-    InsertOutcome.FULL: 429,
-}
-_HINTS: Mapping[int, str] = {
-    409: "do not send these groups again",
-    413: "send smaller groups",
-    422: "correct the groups; nothing of them was stored",
-    429: "wait for Retry-After seconds and send the same groups again",
-}
-
 _LONGEST_POLL_S = 0.25
 """A draw that waits long is looked at less often, so that many waiting ones do not keep the store busy."""
 
-Identity = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$")]
+Identity = Annotated[str, Path(pattern=IDENTIFIER_PATTERN)]
 
 
 def create_app(context: ServiceContext, guard: Guard) -> FastAPI:
@@ -69,7 +49,9 @@ def create_app(context: ServiceContext, guard: Guard) -> FastAPI:
     )
     install_error_shape(app)
     operations = (
-        *_table_operations(context),
+        *intake_operations(context),
+        *browse_operations(context),
+        *_sample_operations(context),
         *weight_operations(context),
         *_status_operations(context, guard),
         *page_operations(),
@@ -78,15 +60,8 @@ def create_app(context: ServiceContext, guard: Guard) -> FastAPI:
     return app
 
 
-def _table_operations(context: ServiceContext) -> Sequence[Operation]:
+def _sample_operations(context: ServiceContext) -> Sequence[Operation]:
     table, settings = context.table, context.settings
-
-    async def insert(request: Request) -> Response:
-        """Insert groups: one outcome each. A common outcome has its own status, different ones are a 207."""
-        media_type, wanted = sent_media_type(request), wanted_media_type(request)
-        raw = await read_body(request, max_bytes=settings.max_body_bytes)
-        results = await run_in_threadpool(_insert, context, raw, media_type)
-        return _insert_answer(results, wanted, retry_after_s=settings.retry_after_s)
 
     async def sample(request: Request) -> Response:
         """Draw groups, waiting up to `timeout_s` for the draw to become possible; no groups when it did not."""
@@ -102,26 +77,7 @@ def _table_operations(context: ServiceContext) -> Sequence[Operation]:
             await asyncio.sleep(min(max(settings.poll_s, waited_s / 10), _LONGEST_POLL_S))
         return StreamingResponse(sample_chunks(samples, wanted), media_type=wanted)
 
-    async def get_group(request: Request, group_id: Identity) -> Response:
-        """Return a stored group."""
-        wanted = wanted_media_type(request)
-        return answer(await run_in_threadpool(table.get, group_id), wanted)
-
     return (
-        Operation(
-            route="POST /v1/groups",
-            endpoint=insert,
-            body=InsertRequest,
-            answers={200: InsertResponse, 207: InsertResponse},
-            refusals=dict.fromkeys(sorted(set(_STATUS.values()) - {200}), InsertRefused),
-            problems=(406, 415, 503),
-        ),
-        Operation(
-            route="GET /v1/groups/{group_id:path}",
-            endpoint=get_group,
-            answers={200: Group},
-            problems=(404, 406, 422, 503),
-        ),
         Operation(
             route="POST /v1/sample",
             endpoint=sample,
@@ -130,35 +86,6 @@ def _table_operations(context: ServiceContext) -> Sequence[Operation]:
             problems=(406, 409, 413, 415, 422, 503),
         ),
     )
-
-
-def _insert(context: ServiceContext, raw: bytes, media_type: str) -> list[InsertResult]:
-    """Judge each submitted group: the malformed ones are invalid, the table decides about the rest."""
-    records = parse(Envelope[object], decode(raw, media_type)).groups
-    groups: list[Group] = []
-    verdicts: list[InsertResult | None] = []
-    for record in records:
-        try:
-            groups.append(group_from_record(record))
-            verdicts.append(None)
-        except InvalidRecord as error:
-            named = record.get("group_id") if isinstance(record, dict) else None
-            group_id = named[:128] if isinstance(named, str) else ""
-            verdicts.append(InsertResult(group_id=group_id, outcome=InsertOutcome.INVALID, reason=error.detail))
-    judged = iter(context.table.insert(groups) if groups else ())
-    return [verdict or next(judged) for verdict in verdicts]
-
-
-def _insert_answer(results: list[InsertResult], media_type: str, *, retry_after_s: int) -> Response:
-    full = any(result.outcome is InsertOutcome.FULL for result in results)
-    headers = {"Retry-After": str(retry_after_s)} if full else None
-    statuses = {_STATUS[result.outcome] for result in results}
-    status = statuses.pop() if len(statuses) == 1 else 207
-    if status in (200, 207):
-        return answer(InsertResponse(results=results), media_type, status=status, headers=headers)
-    first = results[0]
-    refused = InsertRefused(error=first.outcome, detail=first.reason, hint=_HINTS[status], results=results)
-    return answer(refused, media_type, status=status, headers=headers)
 
 
 def _status_operations(context: ServiceContext, guard: Guard) -> Sequence[Operation]:

@@ -17,11 +17,16 @@ _LEARNERS: frozenset[Role] = frozenset({"learn", "admin"})
 _PULLERS: frozenset[Role] = frozenset({"act", "learn", "admin"})
 _READERS: frozenset[Role] = frozenset({"read", "learn", "admin"})
 _MEMBERS: frozenset[Role] = frozenset({"submit", "act", "learn", "read", "admin"})
+_ADMINS: frozenset[Role] = frozenset({"admin"})
 _ANYONE: frozenset[Role] | None = None
 
 ACCESS: Mapping[str, frozenset[Role] | None] = {
     "POST /v1/groups": _WRITERS,
+    "POST /v1/trajectories": _WRITERS,
+    "GET /v1/groups": _READERS,
     "GET /v1/groups/{group_id:path}": _READERS,
+    "GET /v1/export": _ADMINS,
+    "POST /v1/import": _ADMINS,
     "POST /v1/sample": _LEARNERS,
     "GET /v1/run": _MEMBERS,
     "GET /v1/stats": _READERS,

@@ -27,8 +27,9 @@
 -- evictable      zset    what capacity may remove: train groups handed out at least once, and eval groups
 -- ages           zset    train groups with a version: member sequence number, score oldest policy version
 -- group:<seq>    hash    body (canonical msgpack), group_id, content (hash), split, version ('' = none), foreign (0/1),
---                        tokens, bytes, uses, inserted_s, sampled_s. A removed group that was handed out lives on until
---                        repeat_window_s after that, for a repeat of the request
+--                        tokens, bytes, uses, inserted_s, sampled_s, prompt_id, trajectories, reward_sum. A removed group
+--                        that was handed out lives on until repeat_window_s after that, for a repeat of the request
+-- groups_of:<prompt_id>  zset  stored groups of a prompt: member and score are the sequence number
 -- remembered     hash    group_id -> content hash of a removed group; '' = a partial group that was dropped
 -- remembered_at  zset    group_id, score = time of removal in seconds
 -- partials       zset    open partial groups: group_id, score = time of the first trajectory in seconds
@@ -129,10 +130,11 @@ end
 -- Take a group out of the table. Age and TTL count a train group that nobody used apart.
 local function remove(sequence, reason)
   local fields = redis.call('HMGET', group_key(sequence),
-    'group_id', 'content', 'split', 'version', 'foreign', 'tokens', 'bytes', 'uses', 'sampled_s')
+    'group_id', 'content', 'split', 'version', 'foreign', 'tokens', 'bytes', 'uses', 'sampled_s', 'prompt_id')
   local group_id, content, split, version, foreign = fields[1], fields[2], fields[3], fields[4], fields[5]
   local tokens, bytes, uses, sampled_s = fields[6], fields[7], tonumber(fields[8]), tonumber(fields[9])
   redis.call('HDEL', key('sequences'), group_id)
+  redis.call('ZREM', key('groups_of:' .. fields[10]), sequence)
   for _, index in ipairs({ 'train', 'fresh', 'eval', 'ages' }) do
     redis.call('ZREM', key(index), sequence)
   end

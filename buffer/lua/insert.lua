@@ -1,6 +1,6 @@
 -- Store one group or say why not. The schema is in common.lua.
 --
--- ARGV[3] JSON {group_id, content, split, oldest, newest, foreign (bool), tokens, trajectories, reward_sum,
+-- ARGV[3] JSON {group_id, prompt_id, content, split, oldest, newest, foreign (bool), tokens, trajectories, reward_sum,
 --         sealed (bool: assembled from a sealed partial group)}; the versions are decimal strings, absent when no span
 --         has one; reward_sum is a decimal string
 -- ARGV[4] the encoded group
@@ -76,7 +76,9 @@ local function store(sequence)
   local foreign = group.foreign and '1' or '0'
   redis.call('HSET', group_key(sequence), 'body', ARGV[4], 'group_id', group.group_id, 'content', group.content,
     'split', group.split, 'version', group.oldest or '', 'foreign', foreign, 'tokens', group.tokens, 'bytes', bytes,
-    'uses', 0, 'inserted_s', now)
+    'uses', 0, 'inserted_s', now, 'prompt_id', group.prompt_id, 'trajectories', group.trajectories,
+    'reward_sum', group.reward_sum)
+  redis.call('ZADD', key('groups_of:' .. group.prompt_id), sequence, sequence)
   redis.call('HSET', key('sequences'), group.group_id, sequence)
   add_stat('bytes', bytes)
   if group.split == 'train' then

@@ -234,6 +234,6 @@ def test_tidy_removes_what_is_overdue_without_a_caller(make_table: TableFactory,
 def test_malformed_submissions_are_counted_as_invalid(make_table: TableFactory) -> None:
     table = make_table()
 
-    table.count_malformed(3)
+    table.count_malformed(groups=3, parts=2)
 
-    assert table.stats().outcomes == {"invalid": 3}
+    assert (table.stats().outcomes, table.stats().part_outcomes) == ({"invalid": 3}, {"invalid": 2})

@@ -51,7 +51,7 @@ def test_common_outcome_has_its_own_status_and_the_error_shape(http: httpx.Clien
         {
             "error": "conflict",
             "detail": reason,
-            "hint": "do not send these groups again",
+            "hint": "do not send these again",
             "results": [{"group_id": "a", "outcome": "conflict", "reason": reason}],
         },
     )

@@ -18,7 +18,11 @@ TOKENS = TokenSettings(**{role: (SecretStr(f"{role}-token"),) for role in ROLES}
 
 ALLOWED = {
     "POST /v1/groups": "submit act admin",
+    "POST /v1/trajectories": "submit act admin",
+    "GET /v1/groups": "learn read admin",
     "GET /v1/groups/{group_id:path}": "learn read admin",
+    "GET /v1/export": "admin",
+    "POST /v1/import": "admin",
     "POST /v1/sample": "learn admin",
     "GET /v1/run": "submit act learn read admin",
     "GET /v1/stats": "learn read admin",

@@ -1,0 +1,57 @@
+"""Recorded groups of another time or run: what a table may take of them."""
+
+import json
+from collections.abc import Iterator
+
+from buffer.browsing import GroupQuery
+from buffer.errors import InvalidRecord, NotFound
+from buffer.table import ReplayTable
+from buffer.types import SCHEMA, Group, Trajectory
+
+
+def adopted(group: Group, run_id: str, *, foreign: bool) -> Group:
+    """Return a recorded group as one of run `run_id`; `foreign` = drawn by other weights, its versions become None.
+
+    Raises InvalidRecord for a group of another run that is not declared foreign: its versions mean nothing here.
+    """
+    if foreign:
+        trajectories = tuple(_without_versions(trajectory) for trajectory in group.trajectories)
+        return group.model_copy(update={"run_id": run_id, "trajectories": trajectories})
+    if group.run_id != run_id:
+        raise InvalidRecord(
+            f"group {group.group_id!r} was recorded by run {group.run_id!r}, whose versions mean nothing in {run_id!r}",
+            hint="import it as foreign",
+        )
+    return group
+
+
+def _without_versions(trajectory: Trajectory) -> Trajectory:
+    spans = tuple(span.model_copy(update={"version": None}) for span in trajectory.spans)
+    return trajectory.model_copy(update={"spans": spans})
+
+
+def stored_groups(table: ReplayTable) -> Iterator[Group]:
+    """Yield the groups that are stored now, oldest first, less those that are removed before their turn.
+
+    Each one at most once; groups that are inserted meanwhile are left out.
+    """
+    newest = table.browse(GroupQuery(limit=1)).groups
+    query = GroupQuery(oldest_first=True)
+    while newest:
+        page = table.browse(query)
+        for summary in page.groups:
+            if summary.sequence > newest[0].sequence:
+                return
+            try:
+                yield table.get(summary.group_id)
+            except NotFound:
+                continue  # removed meanwhile
+        if page.cursor is None:
+            return
+        query = query.model_copy(update={"cursor": page.cursor})
+
+
+def json_line(group: Group) -> bytes:
+    """Return a group as one line of JSON that reads back to exactly the same group."""
+    record = {"schema": SCHEMA, "group": group.model_dump(mode="json")}
+    return json.dumps(record, separators=(",", ":")).encode() + b"\n"
