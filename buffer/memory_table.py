@@ -7,11 +7,10 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from buffer.browsing import GroupPage, GroupQuery, GroupSummary
 from buffer.codec import encode_group, encode_trajectory, record_hash
-from buffer.errors import Conflict, InvalidRequest, NotFound
+from buffer.errors import InvalidRequest, NotFound
 from buffer.memory_entry import Entry, page_of
 from buffer.outcomes import Facts, no_fit, outcome_of, refusal, refused_at_sight, refused_for_version
 from buffer.parts import PartialGroups, judge_late, part_result
@@ -25,21 +24,12 @@ from buffer.rate_limiter import (
     limiter_error,
     may_insert,
 )
-from buffer.remembered import RememberedIds
+from buffer.remembered import RememberedDraws, RememberedIds
 from buffer.selectors import Fifo, Fresh, Mix, Selector, Uniform, draw_lots, draw_ranks, num_fresh
 from buffer.staleness import age_updates, is_too_old
 from buffer.table import SampleRequest, TableSettings, TableStats
 from buffer.types import Group, InsertOutcome, InsertResult, Part, PartResult, PolicyVersion, Sample, SampleInfo, Split
 from buffer.waits import Waiting, refused_again, report
-
-
-@dataclass(frozen=True, slots=True)
-class _Draw:
-    """A draw that was handed out, kept for a repeat of its request_id."""
-
-    request: SampleRequest
-    drawn_s: float
-    samples: list[Sample]
 
 
 class MemoryTable:
@@ -68,7 +58,7 @@ class MemoryTable:
         self._by_version: dict[PolicyVersion, set[int]] = {}
         self._remembered = RememberedIds(settings)
         self._partials = PartialGroups(settings)
-        self._draws: dict[str, _Draw] = {}
+        self._draws = RememberedDraws(settings)
         self._learner_wait: Waiting | None = None
         self._actors_wait: Waiting | None = None
         self._wanted_fresh = 0
@@ -98,7 +88,7 @@ class MemoryTable:
         lots = draw_lots(request.selector, request.num_groups, self._rng)
         with self._lock:
             now_s = self._clock()
-            repeated = self._repeated(request, now_s)
+            repeated = self._draws.repeated(request, now_s)
             if repeated is not None:
                 return repeated
             self._remove_overdue(now_s, max(request.learner_version, self._latest_version))
@@ -328,16 +318,6 @@ class MemoryTable:
 
     # --- sample
 
-    def _repeated(self, request: SampleRequest, now_s: float) -> list[Sample] | None:
-        window_s = self._settings.repeat_window_s
-        self._draws = {key: draw for key, draw in self._draws.items() if now_s - draw.drawn_s < window_s}
-        draw = self._draws.get(request.request_id)
-        if draw is None:
-            return None
-        if draw.request != request:
-            raise Conflict(f"request_id {request.request_id!r} was used for another draw", hint="use a new request_id")
-        return draw.samples
-
     def _draw(self, request: SampleRequest, lots: list[float], now_s: float) -> list[Sample]:
         clock = max(request.learner_version, self._latest_version)
         chosen = self._choose(request.selector, request.num_groups, lots)
@@ -345,7 +325,7 @@ class MemoryTable:
         self._sampled += len(samples)
         self._learner_wait = None
         self._wanted_fresh, self._no_room = 0, False
-        self._draws[request.request_id] = _Draw(request, now_s, samples)
+        self._draws.add(request, samples, now_s)
         return samples
 
     def _choose(self, selector: Selector, num_groups: int, lots: list[float]) -> list[tuple[int, float]]:

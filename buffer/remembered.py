@@ -1,6 +1,10 @@
-"""Ids of groups that left a MemoryTable, so that a late retry is known."""
+"""What a MemoryTable remembers so that a late retry is known: ids of groups that left, and its last draws."""
 
-from buffer.table import TableSettings
+from dataclasses import dataclass
+
+from buffer.errors import Conflict
+from buffer.table import SampleRequest, TableSettings
+from buffer.types import Sample
 
 
 class RememberedIds:
@@ -31,3 +35,33 @@ class RememberedIds:
             if self._ids[group_id][1] > overdue_s:
                 return
             del self._ids[group_id]
+
+
+@dataclass(frozen=True, slots=True)
+class _Draw:
+    request: SampleRequest
+    drawn_s: float
+    samples: list[Sample]
+
+
+class RememberedDraws:
+    """Draws that were handed out, by request_id, for `repeat_window_s`."""
+
+    def __init__(self, settings: TableSettings) -> None:
+        self._settings = settings
+        self._draws: dict[str, _Draw] = {}
+
+    def repeated(self, request: SampleRequest, now_s: float) -> list[Sample] | None:
+        """Return the draw that a request repeats, None for a new one. Raises Conflict for a reused request_id."""
+        window_s = self._settings.repeat_window_s
+        self._draws = {key: draw for key, draw in self._draws.items() if now_s - draw.drawn_s < window_s}
+        draw = self._draws.get(request.request_id)
+        if draw is None:
+            return None
+        if draw.request != request:
+            raise Conflict(f"request_id {request.request_id!r} was used for another draw", hint="use a new request_id")
+        return draw.samples
+
+    def add(self, request: SampleRequest, samples: list[Sample], now_s: float) -> None:
+        """Remember a draw."""
+        self._draws[request.request_id] = _Draw(request, now_s, samples)
