@@ -1,7 +1,7 @@
 """What actors, learners and third parties import: the table and the weight store protocols over HTTP."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -11,7 +11,8 @@ from pydantic import BaseModel
 from buffer.browsing import GroupPage, GroupQuery, GroupSummary
 from buffer.connection import ClientSettings, ServiceClient, body_of, error_of
 from buffer.errors import CorruptWeights, InvalidRequest, StalewiseError
-from buffer.table import SampleRequest, TableStats
+from buffer.prompts import PromptPage
+from buffer.table import PriorityUpdate, SampleRequest, TableStats
 from buffer.types import Group, InsertResult, Part, PartResult, PolicyVersion, Sample
 from buffer.weights.manifest import Manifest, Payload
 from buffer.wire import (
@@ -112,6 +113,20 @@ class HttpTable:
                 f"version {version} is above the latest published one, {latest}",
                 hint="publish the weights: a service advances its table by itself",
             )
+
+    def update_priorities(self, priorities: Mapping[str, float]) -> PriorityUpdate:
+        """See ReplayTable."""
+        body = {"priorities": dict(priorities)}
+        response = self._client.request(
+            "POST", "/v1/priorities", body=encode(body, MSGPACK), content_type=MSGPACK, accept=MSGPACK
+        )
+        return parse(PriorityUpdate, body_of(response))
+
+    def prompts(self, cursor: str = "", limit: int = 100) -> PromptPage:
+        """See ReplayTable."""
+        params = {"cursor": cursor, "limit": str(limit)}
+        response = self._client.request("GET", "/v1/prompts", accept=MSGPACK, params=params)
+        return parse(PromptPage, body_of(response))
 
     def get(self, group_id: str) -> Group:
         """See ReplayTable."""

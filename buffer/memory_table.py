@@ -6,7 +6,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from buffer.browsing import GroupPage, GroupQuery, GroupSummary
 from buffer.codec import encode_group, encode_trajectory, record_hash
@@ -14,22 +14,38 @@ from buffer.errors import InvalidRequest, NotFound
 from buffer.memory_entry import Entry, page_of
 from buffer.outcomes import Facts, no_fit, outcome_of, refusal, refused_at_sight, refused_for_version
 from buffer.parts import PartialGroups, judge_late, part_result
+from buffer.prompts import MemoryPrompts, PromptPage, check_page, counts_of
 from buffer.rate_limiter import (
     Pace,
     RateLimiterSettings,
     check_request,
     check_settings,
     draw_blocked,
+    fresh_needed,
     insert_ceiling,
     limiter_error,
     may_insert,
 )
 from buffer.remembered import RememberedDraws, RememberedIds
-from buffer.selectors import Fifo, Fresh, Mix, Selector, Uniform, draw_lots, draw_ranks, num_fresh
+from buffer.selectors import (
+    Fifo,
+    Fresh,
+    Lifo,
+    Selector,
+    Uniform,
+    Weighted,
+    check_weighting,
+    draw_lots,
+    draw_ranks,
+    num_fresh,
+    rest_of,
+)
 from buffer.staleness import age_updates, is_too_old
-from buffer.table import SampleRequest, TableSettings, TableStats
+from buffer.table import PriorityUpdate, SampleRequest, TableSettings, TableStats
 from buffer.types import Group, InsertOutcome, InsertResult, Part, PartResult, PolicyVersion, Sample, SampleInfo, Split
 from buffer.waits import Waiting, refused_again, report
+from buffer.weighted_index import WeightedIndex
+from buffer.weighting import checked_priorities
 
 
 class MemoryTable:
@@ -55,6 +71,8 @@ class MemoryTable:
         self._train: list[int] = []  # ascending
         self._fresh: dict[int, None] = {}  # an ordered set
         self._evictable: list[int] = []  # a heap; removed groups stay in it until they are popped
+        self._prompts = MemoryPrompts(settings.max_prompts)
+        self._weighted = WeightedIndex(settings.weighting) if settings.weighting is not None else None
         self._by_version: dict[PolicyVersion, set[int]] = {}
         self._remembered = RememberedIds(settings)
         self._partials = PartialGroups(settings)
@@ -85,20 +103,26 @@ class MemoryTable:
     def sample(self, request: SampleRequest) -> list[Sample]:
         """Hand out a draw, or [] while it must wait; see ReplayTable. Raises Conflict for a reused request_id."""
         check_request(request, self._limiter)
+        check_weighting(request.selector, self._settings.weighting)
         lots = draw_lots(request.selector, request.num_groups, self._rng)
         with self._lock:
             now_s = self._clock()
             repeated = self._draws.repeated(request, now_s)
             if repeated is not None:
                 return repeated
-            self._remove_overdue(now_s, max(request.learner_version, self._latest_version))
-            wanted_fresh = num_fresh(request.selector, request.num_groups)
-            blocked = draw_blocked(self._limiter, self._pace(), request.num_groups, wanted_fresh)
+            clock = max(request.learner_version, self._latest_version)
+            self._remove_overdue(now_s, clock)
+            if self._weighted is not None:
+                self._weighted.wake(clock)
+            pace, num_groups = self._pace(), request.num_groups
+            wanted_fresh, eligible = num_fresh(request.selector, num_groups), self._num_eligible(request)
+            blocked = draw_blocked(self._limiter, pace, num_groups, wanted_fresh, num_eligible=eligible)
             if blocked == "no_fit":
-                raise InvalidRequest(no_fit(request.num_groups, wanted_fresh, len(self._train), len(self._fresh)))
+                raise InvalidRequest(no_fit(num_groups, wanted_fresh, pace.sampleable, pace.fresh, eligible))
             if blocked:
                 self._learner_wait = refused_again(self._learner_wait, blocked, now_s)
-                self._wanted_fresh = wanted_fresh if blocked == "fresh" else self._wanted_fresh
+                if blocked in ("fresh", "weight"):
+                    self._wanted_fresh = fresh_needed(pace, num_groups, wanted_fresh, num_eligible=eligible)
                 return []
             return self._draw(request, lots, now_s)
 
@@ -107,6 +131,24 @@ class MemoryTable:
         with self._lock:
             self._latest_version = max(version, self._latest_version)
             self._remove_overdue(self._clock(), self._latest_version)
+
+    def update_priorities(self, priorities: Mapping[str, float]) -> PriorityUpdate:
+        """Give groups new priorities; see ReplayTable."""
+        numbers = checked_priorities(self._settings.weighting, priorities)
+        updated = 0
+        with self._lock:
+            for group_id, number in numbers.items():
+                lot, sequence = self._rng.expovariate(1.0), self._sequences.get(group_id)
+                if self._weighted is not None and sequence is not None and self._entries[sequence].is_train:
+                    self._weighted.set_number(sequence, number, lot)
+                    updated += 1
+        return PriorityUpdate(updated=updated, unknown=len(numbers) - updated)
+
+    def prompts(self, cursor: str = "", limit: int = 100) -> PromptPage:
+        """Return statistics of prompts; see ReplayTable."""
+        check_page(limit)
+        with self._lock:
+            return self._prompts.page(cursor, limit)
 
     def get(self, group_id: str) -> Group:
         """Return a stored group. Raises NotFound."""
@@ -164,6 +206,9 @@ class MemoryTable:
                 reward_sum=self._reward_sum,
                 num_trajectories_total=self._num_trajectories,
                 forgotten_ids_total=self._remembered.forgotten_total,
+                num_prompts=len(self._prompts),
+                forgotten_prompts_total=self._prompts.forgotten,
+                weights_left_behind_total=self._weighted.left_behind if self._weighted is not None else 0,
                 latest_version=self._latest_version,
                 limiter_error=limiter_error(self._limiter, pace),
                 waits=report(
@@ -194,12 +239,13 @@ class MemoryTable:
         record = encode_group(group)
         content = record_hash(record)
         refused = refused_at_sight(group, len(record), self._settings, self._run_id)
+        lot = self._rng.expovariate(1.0) if refused is None and self._weighted is not None else 0.0
         if refused is None:
             self._remove_overdue(now_s, self._latest_version)
             self._remembered.forget_overdue(now_s)
             refused = self._refused(group, content, len(record))
         if refused is None:
-            self._store(group, content, len(record), now_s)
+            self._store(group, content, len(record), now_s, lot)
             outcome, reason = InsertOutcome.ACCEPTED, ""
         else:
             code, facts = refused
@@ -248,7 +294,7 @@ class MemoryTable:
                 self._remove(entry, "capacity")
         return True
 
-    def _store(self, group: Group, content: str, size_bytes: int, now_s: float) -> None:
+    def _store(self, group: Group, content: str, size_bytes: int, now_s: float, lot: float) -> None:
         entry = Entry(self._next_sequence, group, content, size_bytes, now_s)
         self._next_sequence += 1
         self._entries[entry.sequence] = entry
@@ -263,6 +309,9 @@ class MemoryTable:
         self._fresh[entry.sequence] = None
         if (oldest := group.oldest_version) is not None:
             self._by_version.setdefault(oldest, set()).add(entry.sequence)
+        counts = self._prompts.count(group.prompt_id, counts_of(group, solved_reward=self._settings.solved_reward))
+        if self._weighted is not None:
+            self._weighted.add(entry.sequence, group, self._latest_version, counts, lot)
         self._count(entry, +1)
         self._inserted += 1
         self._num_trajectories += len(group.trajectories)
@@ -330,20 +379,27 @@ class MemoryTable:
 
     def _choose(self, selector: Selector, num_groups: int, lots: list[float]) -> list[tuple[int, float]]:
         """Return (sequence number, probability) of each chosen group."""
-        match selector:
+        fresh = list(self._fresh)[: num_fresh(selector, num_groups)]
+        num_others = num_groups - len(fresh)
+        match rest_of(selector):
             case Fifo():
-                return [(sequence, 1.0) for sequence in self._train[:num_groups]]
+                others = [(sequence, 1.0) for sequence in self._train[:num_groups] if sequence not in fresh]
+            case Lifo():
+                others = [(sequence, 1.0) for sequence in self._train[: -num_groups - 1 : -1] if sequence not in fresh]
             case Uniform():
-                return self._choose_uniform([], lots)
+                others = self._choose_uniform(fresh, lots)
+            case Weighted():
+                assert self._weighted is not None  # check_weighting
+                others = self._weighted.draw(num_others, fresh, lots)
             case Fresh():
-                return [(sequence, 1.0) for sequence in list(self._fresh)[:num_groups]]
-            case Mix(rest=rest):
-                fresh = list(self._fresh)[: num_fresh(selector, num_groups)]
-                if isinstance(rest, Uniform):
-                    others = self._choose_uniform(fresh, lots)
-                else:
-                    others = [(sequence, 1.0) for sequence in self._train[:num_groups] if sequence not in fresh]
-                return [(sequence, 1.0) for sequence in fresh] + others[: num_groups - len(fresh)]
+                others = []
+        return [(sequence, 1.0) for sequence in fresh] + others[:num_others]
+
+    def _num_eligible(self, request: SampleRequest) -> int:
+        """Return how many groups the selector may choose now."""
+        if self._weighted is None or not isinstance(rest_of(request.selector), Weighted):
+            return len(self._train)
+        return self._weighted.num_eligible
 
     def _choose_uniform(self, taken: list[int], lots: list[float]) -> list[tuple[int, float]]:
         ranks = [bisect_left(self._train, sequence) for sequence in taken]
@@ -357,6 +413,8 @@ class MemoryTable:
         if entry.uses == 1:
             del self._fresh[entry.sequence]
             self._make_evictable(entry)
+        if self._weighted is not None:
+            self._weighted.hand_out(entry.sequence, clock)
         info = SampleInfo(
             probability=chance, times_sampled=entry.uses, age_updates=age_updates(clock, entry.group.oldest_version)
         )
@@ -388,6 +446,8 @@ class MemoryTable:
         if entry.is_train:
             del self._train[bisect_left(self._train, entry.sequence)]
             self._fresh.pop(entry.sequence, None)
+            if self._weighted is not None:
+                self._weighted.remove(entry.sequence)
             self._count(entry, -1)
             if (oldest := group.oldest_version) is not None:
                 self._by_version[oldest].discard(entry.sequence)

@@ -64,6 +64,7 @@ _SENTENCES = {
 _WAITS = {
     "min_size": "fewer groups are stored than limiter.min_size: waiting for the actors",
     "fresh": "too few groups were never handed out: waiting for the actors",
+    "weight": "too few groups may be drawn by weight (weight 0, or cool-down): waiting for the actors",
     "ahead": "samples are ahead of samples_per_insert: waiting for the actors",
     "pace": "inserts are ahead of samples_per_insert: waiting for the learner",
     "capacity": "the table is full of groups that were never handed out: waiting for the learner",
@@ -108,9 +109,9 @@ def wait_reason(code: str) -> str:
     return _WAITS[code]
 
 
-def no_fit(num_groups: int, num_fresh: int, stored: int, stored_fresh: int) -> str:
+def no_fit(num_groups: int, num_fresh: int, stored: int, stored_fresh: int, eligible: int) -> str:
     """Return the sentence for a draw that a full table can never serve."""
     return (
-        f"the table has no room for more groups and holds {stored} ({stored_fresh} fresh), too few for a draw of "
-        f"{num_groups} ({num_fresh} fresh): raise table.capacity_bytes or draw fewer groups"
+        f"the table has no room for more groups and holds {stored} ({stored_fresh} fresh, {eligible} that the selector "
+        f"may choose), too few for a draw of {num_groups} ({num_fresh} fresh): raise table.capacity_bytes or draw fewer"
     )

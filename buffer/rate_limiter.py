@@ -46,7 +46,7 @@ class Pace(NamedTuple):
     sampled: int
     """Groups handed out."""
     wanted_fresh: int = 0
-    """Fresh groups that the last refused draw was short of; 0 once a draw went through."""
+    """Fresh groups that would let the last refused draw go on; 0 once a draw went through."""
     no_room: bool = False
     """An insert was refused for lack of room, and nothing was handed out or stored since."""
 
@@ -72,12 +72,16 @@ def may_insert(limiter: RateLimiterSettings, pace: Pace) -> bool:
     return limiter_error(limiter, pace) + limiter.samples_per_insert <= insert_ceiling(limiter)
 
 
-def draw_blocked(limiter: RateLimiterSettings, pace: Pace, num_groups: int, num_fresh: int) -> str:
-    """Return why a draw must wait: `min_size`, `ahead`, `fresh`, or `no_fit` for ever; empty when it may go on.
+def draw_blocked(
+    limiter: RateLimiterSettings, pace: Pace, num_groups: int, num_fresh: int, *, num_eligible: int
+) -> str:
+    """Return why a draw must wait: `min_size`, `ahead`, `fresh`, `weight`, or `no_fit` for ever; empty: it may go on.
 
-    A full table (no_room) waives min_size and the pace, since only a draw can help the actors then.
+    num_eligible counts the groups that its selector may choose now. A full table (no_room) waives min_size and the
+    pace, since only a draw can help the actors then.
     """
-    short = pace.sampleable < num_groups or pace.fresh < num_fresh
+    short = "fresh" if pace.sampleable < num_groups or pace.fresh < num_fresh else ""
+    short = short or ("weight" if num_eligible < num_groups else "")
     if pace.no_room:
         return "no_fit" if short else ""
     if pace.sampleable < limiter.min_size:
@@ -85,7 +89,12 @@ def draw_blocked(limiter: RateLimiterSettings, pace: Pace, num_groups: int, num_
     behind = limiter_error(limiter, pace) - num_groups
     if behind < limiter.min_size * limiter.samples_per_insert - limiter.error_buffer:
         return "ahead"
-    return "fresh" if short else ""
+    return short
+
+
+def fresh_needed(pace: Pace, num_groups: int, num_fresh: int, *, num_eligible: int) -> int:
+    """Return how many fresh groups let a draw go on that is short of groups: a fresh group is always eligible."""
+    return max(num_fresh, pace.fresh + num_groups - num_eligible)
 
 
 def check_settings(table: TableSettings, limiter: RateLimiterSettings) -> None:

@@ -10,7 +10,7 @@ import redis
 
 from buffer.errors import StoreUnavailable
 
-_NAMES = ("insert", "hold", "sample", "advance", "tidy", "browse")
+_NAMES = ("insert", "hold", "sample", "advance", "tidy", "browse", "priorities")
 
 
 class RedisScripts:
@@ -48,7 +48,7 @@ class RedisScripts:
 def _script(name: str) -> tuple[str, str]:
     """Return the SHA-1 and the source of a script; Redis cannot include one file in another, so we join them."""
     folder = files("buffer") / "lua"
-    source = (folder / "common.lua").read_text() + (folder / f"{name}.lua").read_text()
+    source = "".join((folder / f"{part}.lua").read_text() for part in ("common", "weighting", name))
     return hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest(), source
 
 

@@ -4,7 +4,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgpack
@@ -15,11 +15,12 @@ from buffer.codec import decode_group, encode_group, encode_trajectory, record_h
 from buffer.errors import Conflict, InvalidRequest, NotFound
 from buffer.outcomes import Facts, no_fit, outcome_of, refusal, refused_at_sight
 from buffer.parts import envelope_bytes, fields_of, group_of, judge_late, limit_bytes, part_result
+from buffer.prompts import PromptCounts, PromptPage, check_page, counts_of, prompt_page
 from buffer.rate_limiter import Pace, RateLimiterSettings, check_request, check_settings, limiter_error
 from buffer.redis_scripts import RedisScripts, store_errors
-from buffer.selectors import Mix, draw_lots, num_fresh
+from buffer.selectors import check_weighting, draw_lots, num_fresh, rest_of
 from buffer.staleness import age_updates
-from buffer.table import SampleRequest, TableSettings, TableStats, Wait
+from buffer.table import PriorityUpdate, SampleRequest, TableSettings, TableStats, Wait
 from buffer.types import (
     Group,
     InsertOutcome,
@@ -33,6 +34,7 @@ from buffer.types import (
     Trajectory,
 )
 from buffer.waits import FORGET_AFTER_S, Waiting, report
+from buffer.weighting import checked_priorities
 
 SHARD = 0
 """Number of this table among the shards of a run; it is part of every key, so that there can be more than one."""
@@ -69,7 +71,7 @@ class RedisTable:
                 self._count(f"result:{refused[0]}")
                 results.append(_insert_result(group, *refused))
             else:
-                calls.append([_facts_of(group, record), record])
+                calls.append(self._insert_arguments(group, record))
                 results.append(None)
         answers = iter(self._scripts.run("insert", calls))
         return [
@@ -86,6 +88,7 @@ class RedisTable:
     def sample(self, request: SampleRequest) -> list[Sample]:
         """Hand out a draw, or [] while it must wait; see ReplayTable. Raises Conflict for a reused request_id."""
         check_request(request, self._limiter)
+        check_weighting(request.selector, self._settings.weighting)
         arguments = self._sample_arguments(request)
         code, *rest = self._scripts.run("sample", [arguments])[0]
         while code == b"again":
@@ -103,6 +106,23 @@ class RedisTable:
         """Record the latest published version; see ReplayTable."""
         while self._scripts.run("advance", [[str(version)]])[0]:
             pass
+
+    def update_priorities(self, priorities: Mapping[str, float]) -> PriorityUpdate:
+        """Give groups new priorities; see ReplayTable."""
+        numbers = checked_priorities(self._settings.weighting, priorities)
+        entries: bytes = msgpack.packb([(group_id, repr(number), self._lot()) for group_id, number in numbers.items()])
+        updated = int(self._scripts.run("priorities", [[entries]])[0])
+        return PriorityUpdate(updated=updated, unknown=len(numbers) - updated)
+
+    def prompts(self, cursor: str = "", limit: int = 100) -> PromptPage:
+        """Return statistics of prompts; see ReplayTable. One forgotten between the two reads is left out."""
+        check_page(limit)
+        with store_errors():
+            after = f"({cursor}" if cursor else "-"
+            ids: Any = self._client.zrangebylex(self._scripts.key("prompt_ids"), after, "+", 0, limit + 1)
+            counts: Any = self._client.hmget(self._scripts.key("prompts"), ids) if ids else []
+        known = zip(ids, counts, strict=True)
+        return prompt_page([_prompt_counts(raw).stats(name.decode()) for name, raw in known if raw is not None], limit)
 
     def get(self, group_id: str) -> Group:
         """Return a stored group. Raises NotFound."""
@@ -154,10 +174,11 @@ class RedisTable:
         pipeline = self._client.pipeline(transaction=True)
         for histogram in ("stats", "versions", "uses"):
             pipeline.hgetall(self._scripts.key(histogram))
-        for index in ("train", "fresh", "eval", "partials", "sealed"):
+        for index in ("train", "fresh", "eval", "partials", "sealed", "prompt_ids"):
             pipeline.zcard(self._scripts.key(index))
         with store_errors():
-            raw, versions, uses, num_train, num_fresh_groups, num_eval, num_open, num_sealed = pipeline.execute()
+            raw, versions, uses, *sizes = pipeline.execute()
+        num_train, num_fresh_groups, num_eval, num_open, num_sealed, num_prompts = sizes
         fields = {name.decode(): value.decode() for name, value in raw.items()}
         counts = {name: int(fields.get(name, 0)) for name in _COUNTERS}
         removed = {name.removeprefix("removed:"): int(n) for name, n in fields.items() if name.startswith("removed:")}
@@ -189,10 +210,32 @@ class RedisTable:
             reward_sum=float(fields.get("reward_sum", 0)),
             num_trajectories_total=counts["trajectories"],
             forgotten_ids_total=counts["forgotten_ids"],
+            num_prompts=num_prompts,
+            forgotten_prompts_total=counts["forgotten_prompts"],
+            weights_left_behind_total=counts["weights_left_behind"],
             latest_version=int(fields.get("latest_version", -1)),
             limiter_error=limiter_error(self._limiter, pace),
             waits=self._waits(fields, pace),
         )
+
+    def _lot(self) -> str:
+        return repr(self._rng.expovariate(1.0)) if self._settings.weighting is not None else "0"
+
+    def _insert_arguments(self, group: Group, record: bytes, *, sealed: bool = False) -> list[str | bytes]:
+        """Return what insert.lua wants to know about a group; see its header."""
+        counts = counts_of(group, solved_reward=self._settings.solved_reward)
+        facts = _version_facts(group) | {
+            "group_id": group.group_id,
+            "prompt_id": group.prompt_id,
+            "content": record_hash(record),
+            "split": group.split.value,
+            "tokens": group.num_response_tokens,
+            "trajectories": counts.seen,
+            "solved": counts.solved,
+            "reward_sum": repr(counts.reward_sum),
+            "sealed": sealed,
+        }
+        return [json.dumps(facts), record, self._lot()]
 
     def _waits(self, fields: dict[str, str], pace: Pace) -> list[Wait]:
         learner, actors = _waiting(fields, "learner"), _waiting(fields, "actors")
@@ -247,22 +290,20 @@ class RedisTable:
         group = group_of(self._run_id, group_id, raw[b"fields"].decode(), records)
         record = encode_group(group)
         return _insert_result(
-            group, *_answer(self._scripts.run("insert", [[_facts_of(group, record, sealed=True), record]])[0])
+            group, *_answer(self._scripts.run("insert", [self._insert_arguments(group, record, sealed=True)])[0])
         )
 
     def _sample_arguments(self, request: SampleRequest) -> list[str | bytes]:
         selector = request.selector
-        rest = selector.rest if isinstance(selector, Mix) else selector
         draw = {
             "request_id": request.request_id,
             "num_groups": request.num_groups,
             "num_fresh": num_fresh(selector, request.num_groups),
             "learner_version": str(request.learner_version),
-            "selector": selector.kind,
-            "rest": rest.kind,
+            "rest": rest_of(selector).kind,
         }
-        uniforms: bytes = msgpack.packb(draw_lots(selector, request.num_groups, self._rng))
-        return [json.dumps(draw), request.model_dump_json(), uniforms]
+        lots: bytes = msgpack.packb(draw_lots(selector, request.num_groups, self._rng))
+        return [json.dumps(draw), request.model_dump_json(), lots]
 
     def _sample(self, body: bytes, uses: bytes, age: bytes, probability: bytes) -> Sample:
         info = SampleInfo(
@@ -275,23 +316,13 @@ class RedisTable:
 
 
 _COUNTERS = ["bytes", "partial_bytes", "tokens", "foreign", "inserted", "sampled", "trajectories"]
-_COUNTERS += ["forgotten_ids", "wanted_fresh", "no_room"]
+_COUNTERS += ["forgotten_ids", "forgotten_prompts", "weights_left_behind", "wanted_fresh", "no_room"]
 """Integer fields of the hash `stats`; see common.lua."""
 
 
-def _facts_of(group: Group, record: bytes, *, sealed: bool = False) -> str:
-    """Return what insert.lua wants to know about a group; see its header."""
-    facts = _version_facts(group) | {
-        "group_id": group.group_id,
-        "prompt_id": group.prompt_id,
-        "content": record_hash(record),
-        "split": group.split.value,
-        "tokens": group.num_response_tokens,
-        "trajectories": len(group.trajectories),
-        "sealed": sealed,
-        "reward_sum": repr(sum(trajectory.reward for trajectory in group.trajectories)),
-    }
-    return json.dumps(facts)
+def _prompt_counts(packed: bytes) -> PromptCounts:
+    seen, solved, reward_sum, last_version = msgpack.unpackb(packed)
+    return PromptCounts(seen, solved, float(reward_sum), None if last_version == "" else last_version)
 
 
 def _version_facts(tokens: Group | Trajectory) -> dict[str, Any]:

@@ -7,13 +7,21 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from buffer.errors import InvalidRequest
 from buffer.types import Record
+from buffer.weighting import WeightedBy, Weighting
 
 
 class Fifo(Record):
     """Oldest insert first, whether or not it was handed out before."""
 
     kind: Literal["fifo"] = "fifo"
+
+
+class Lifo(Record):
+    """Newest insert first, whether or not it was handed out before."""
+
+    kind: Literal["lifo"] = "lifo"
 
 
 class Uniform(Record):
@@ -28,16 +36,29 @@ class Fresh(Record):
     kind: Literal["fresh"] = "fresh"
 
 
+class Weighted(Record):
+    """By the weights of table.weighting, without replacement within a draw."""
+
+    kind: Literal["weighted"] = "weighted"
+    by: WeightedBy
+    """Must be what table.weighting says: the table keeps the clocks of one weighting."""
+
+
 class Mix(Record):
     """A share of fresh groups, the rest by another selector; ids within a draw are distinct."""
 
     kind: Literal["mix"] = "mix"
     fresh: Annotated[float, Field(gt=0, lt=1)]
     """Share of the draw that must never have been handed out, rounded to whole groups, at least one."""
-    rest: Fifo | Uniform = Uniform()
+    rest: Annotated[Fifo | Lifo | Uniform | Weighted, Field(discriminator="kind")] = Uniform()
 
 
-Selector = Annotated[Fifo | Uniform | Fresh | Mix, Field(discriminator="kind")]
+Selector = Annotated[Fifo | Lifo | Uniform | Fresh | Weighted | Mix, Field(discriminator="kind")]
+
+
+def rest_of(selector: Selector) -> Fifo | Lifo | Uniform | Fresh | Weighted:
+    """Return what chooses the groups of a draw that need not be fresh."""
+    return selector.rest if isinstance(selector, Mix) else selector
 
 
 def num_fresh(selector: Selector, num_groups: int) -> int:
@@ -51,11 +72,29 @@ def num_fresh(selector: Selector, num_groups: int) -> int:
             return 0
 
 
+def check_weighting(selector: Selector, weighting: Weighting | None) -> None:
+    """Raise InvalidRequest for a draw by other weights than the table keeps."""
+    rest = rest_of(selector)
+    if isinstance(rest, Weighted) and (weighting is None or weighting.by != rest.by):
+        kept = "not set" if weighting is None else repr(weighting.by)
+        raise InvalidRequest(
+            f"the draw is weighted by {rest.by!r}, but table.weighting.by is {kept}",
+            hint="name the table's weighting, or start the service with another one",
+        )
+
+
 def draw_lots(selector: Selector, num_groups: int, rng: random.Random) -> list[float]:
-    """Return the uniform numbers in [0, 1) that a draw needs: one per group chosen by lot."""
-    rest = selector.rest if isinstance(selector, Mix) else selector
-    num_lots = num_groups - num_fresh(selector, num_groups) if isinstance(rest, Uniform) else 0
-    return [rng.random() for _ in range(num_lots)]
+    """Return the random numbers that a draw needs.
+
+    Uniform: one in [0, 1) per group chosen by lot. Weighted: one of mean 1, exponential, per clock that may go off.
+    """
+    match rest_of(selector):
+        case Uniform():
+            return [rng.random() for _ in range(num_groups - num_fresh(selector, num_groups))]
+        case Weighted(by=by) if by != "rank":
+            return [rng.expovariate(1.0) for _ in range(num_groups)]
+        case _:
+            return []
 
 
 def draw_ranks(taken: Sequence[int], total: int, uniforms: Sequence[float]) -> list[int]:

@@ -1,14 +1,16 @@
 """The table protocol: what a replay buffer promises, whoever implements it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Protocol
 
-from pydantic import Field
+from pydantic import Field, FiniteFloat
 
 from buffer.browsing import GroupPage, GroupQuery, GroupSummary
+from buffer.prompts import PromptPage
 from buffer.selectors import Fifo, Selector
 from buffer.settings import Settings
 from buffer.types import Group, Identifier, InsertResult, Part, PartResult, PolicyVersion, Record, Sample
+from buffer.weighting import Weighting
 
 
 class TableSettings(Settings):
@@ -29,6 +31,12 @@ class TableSettings(Settings):
     """Seconds after which a group is removed, sampled or not. None = never."""
     foreign_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Largest share of stored groups that may hold tokens not drawn by this run's weights; 0 refuses them."""
+    weighting: Weighting | None = None
+    """What weighted draws go by, such as {by = "priority", exponent = 0.6}. None = the table keeps no weights."""
+    solved_reward: FiniteFloat = 1.0
+    """A trajectory with at least this reward counts as solved in the statistics of its prompt."""
+    max_prompts: Annotated[int, Field(ge=1)] = 1_000_000
+    """Prompts with statistics at most; the one that got no group for longest is forgotten first (counted)."""
     dedup_window_s: Annotated[float, Field(gt=0)] = 86_400.0
     """Seconds for which ids are remembered beyond removal, so that a late retry is a `duplicate`."""
     dedup_max_ids: Annotated[int, Field(ge=1)] = 1_000_000
@@ -54,6 +62,14 @@ class SampleRequest(Record):
     request_id: Identifier
     """A repeat within `repeat_window_s` returns the same draw, counted once."""
     selector: Selector = Fifo()
+
+
+class PriorityUpdate(Record):
+    """What became of posted priorities."""
+
+    updated: int
+    unknown: int
+    """Ids that are not stored train groups, mostly because they left meanwhile; ignored."""
 
 
 class Wait(Record):
@@ -94,6 +110,12 @@ class TableStats(Record):
     groups that never had `min_group_size` trajectories."""
     forgotten_ids_total: int
     """Ids forgotten before `dedup_window_s` because `dedup_max_ids` was reached."""
+    num_prompts: int
+    """Prompts with statistics."""
+    forgotten_prompts_total: int
+    """Prompts whose statistics were dropped because `max_prompts` was reached."""
+    weights_left_behind_total: int
+    """Stored groups that kept their weight by difficulty when that of their prompt changed, added up over inserts."""
     stored_versions: dict[int, int]
     """Oldest policy version -> stored groups; foreign groups are not in it."""
     stored_uses: dict[int, int]
@@ -138,6 +160,22 @@ class ReplayTable(Protocol):
 
     def advance_version(self, version: PolicyVersion) -> None:
         """Record the latest published version; groups that the age gate closes are removed. Never goes back."""
+        ...
+
+    def update_priorities(self, priorities: Mapping[str, float]) -> PriorityUpdate:
+        """Give groups new priorities, by group_id; ids that are not stored are ignored and counted.
+
+        The learner calls it after a step. A new group enters with the largest priority posted so far, or 1 before the
+        first above 0. Raises InvalidRequest, with nothing changed, for a priority that is not in [0, 1e18], and where
+        table.weighting has no use for priorities.
+        """
+        ...
+
+    def prompts(self, cursor: str = "", limit: int = 100) -> PromptPage:
+        """Return the statistics of up to `limit` prompts whose ids come after `cursor`, in O(log n + limit).
+
+        A curriculum or a browser calls it. Raises InvalidRequest for a limit outside [1, 1000].
+        """
         ...
 
     def get(self, group_id: str) -> Group:

@@ -36,6 +36,7 @@ def report(
     freed = {
         "min_size": pace.no_room or pace.sampleable >= limiter.min_size,
         "fresh": pace.no_room or pace.fresh >= pace.wanted_fresh,
+        "weight": pace.no_room or pace.fresh >= pace.wanted_fresh,
         "ahead": pace.no_room or actors_paced,
         "pace": not actors_paced,
         "capacity": not pace.no_room,

@@ -16,6 +16,7 @@ from buffer.errors import InvalidRequest
 from buffer.rate_limiter import RateLimiterSettings
 from buffer.table import SampleRequest, TableStats, Wait
 from buffer.types import (
+    MAX_ITEMS,
     SCHEMA,
     Group,
     Identifier,
@@ -113,6 +114,14 @@ class SampleResponse(Record):
 
     schema_number: SchemaNumber = SCHEMA
     samples: list[Sample]
+
+
+class PriorityRequest(Record):
+    """The body of POST /v1/priorities."""
+
+    schema_number: SchemaNumber = SCHEMA
+    priorities: Annotated[dict[Identifier, float], Field(max_length=MAX_ITEMS)]
+    """group_id -> priority in [0, 1e18]; ids that are not stored are ignored and counted."""
 
 
 class Limits(Record):

@@ -4,17 +4,19 @@ import asyncio
 from collections.abc import Sequence
 from typing import Annotated
 
-from fastapi import FastAPI, Path, Request, Response
+from fastapi import FastAPI, Path, Query, Request, Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from buffer.table import SampleRequest
+from buffer.prompts import MAX_PAGE, PromptPage
+from buffer.table import PriorityUpdate, SampleRequest
 from buffer.types import IDENTIFIER_PATTERN, LimiterState
 from buffer.wire import (
     Heartbeat,
     LearnerReport,
     LimiterStatus,
     Limits,
+    PriorityRequest,
     RunInfo,
     SampleResponse,
     ServiceStats,
@@ -34,6 +36,8 @@ from services.weights_api import weight_operations
 _LONGEST_POLL_S = 0.25
 """A draw that waits long is looked at less often, so that many waiting ones do not keep the store busy."""
 
+Cursor = Annotated[str, Query(max_length=128, pattern=r"^[ -~]*$")]
+PageLimit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
 Identity = Annotated[str, Path(pattern=IDENTIFIER_PATTERN)]
 
 
@@ -77,6 +81,18 @@ def _sample_operations(context: ServiceContext) -> Sequence[Operation]:
             await asyncio.sleep(min(max(settings.poll_s, waited_s / 10), _LONGEST_POLL_S))
         return StreamingResponse(sample_chunks(samples, wanted), media_type=wanted)
 
+    async def priorities(request: Request) -> Response:
+        """Give stored groups new priorities; ids that are not stored are ignored and counted."""
+        media_type, wanted = sent_media_type(request), wanted_media_type(request)
+        raw = await read_body(request, max_bytes=settings.max_body_bytes)
+        posted = parse(PriorityRequest, decode(raw, media_type)).priorities
+        return answer(await run_in_threadpool(table.update_priorities, posted), wanted)
+
+    async def prompts(request: Request, cursor: Cursor = "", limit: PageLimit = 100) -> Response:
+        """Return the statistics of prompts, in the order of their ids, from after `cursor`."""
+        wanted = wanted_media_type(request)
+        return answer(await run_in_threadpool(table.prompts, cursor, limit), wanted)
+
     return (
         Operation(
             route="POST /v1/sample",
@@ -84,6 +100,19 @@ def _sample_operations(context: ServiceContext) -> Sequence[Operation]:
             body=TimedSampleRequest,
             answers={200: SampleResponse},
             problems=(406, 409, 413, 415, 422, 503),
+        ),
+        Operation(
+            route="POST /v1/priorities",
+            endpoint=priorities,
+            body=PriorityRequest,
+            answers={200: PriorityUpdate},
+            problems=(406, 413, 415, 422, 503),
+        ),
+        Operation(
+            route="GET /v1/prompts",
+            endpoint=prompts,
+            answers={200: PromptPage},
+            problems=(406, 422, 503),
         ),
     )
 

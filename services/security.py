@@ -28,6 +28,8 @@ ACCESS: Mapping[str, frozenset[Role] | None] = {
     "GET /v1/export": _ADMINS,
     "POST /v1/import": _ADMINS,
     "POST /v1/sample": _LEARNERS,
+    "POST /v1/priorities": _LEARNERS,
+    "GET /v1/prompts": _READERS,
     "GET /v1/run": _MEMBERS,
     "GET /v1/stats": _READERS,
     "PUT /v1/weights/blobs/{sha256}": _LEARNERS,

@@ -15,7 +15,8 @@
 --   partial_bytes          bytes of all partial groups
 --   removed:<reason>       removed groups, all time
 --   forgotten_ids          ids dropped from `remembered` by dedup_max_ids
---   wanted_fresh           fresh groups that the last refused draw was short of; absent = 0
+--   forgotten_prompts      prompts dropped by max_prompts; weights_left_behind: see TableStats
+--   wanted_fresh           fresh groups that would let the last refused draw go on; absent = 0
 --   no_room                1 after an insert that found no room, until something is stored or handed out
 --   <who>_wait_code, <who>_wait_since_s, <who>_wait_last_s   who = learner | actors; absent = does not wait
 -- versions       hash    oldest policy version -> stored train groups, foreign ones left out
@@ -26,9 +27,21 @@
 -- eval           zset    stored eval groups
 -- evictable      zset    what capacity may remove: train groups handed out at least once, and eval groups
 -- ages           zset    train groups with a version: member sequence number, score oldest policy version
+-- weighted       zset    groups that a weighted draw may take: member = sequence number of 14 digits, score = when its
+--                        clock goes off; where the weighting is rank, decay_per_use x uses - priority
+-- weighted_old   zset    clocks that are still on the time line before; the coming draws move them
+-- weighted_line  hash    time = where the time line is, total = sum of the weights in `weighted`, peak = its highest
+--                        value on this line, reference = log2 of the weight that counts as 1 (recency; else 0),
+--                        top = largest weight or priority ever posted, old_time and old_reference of `weighted_old`
+-- resting        zset    groups in their cool-down: member as in `weighted`, score = clock at which it ends
+-- prompt_groups:<prompt_id>  zset  stored train groups of the prompt, where the weighting is difficulty
+-- prompts        hash    prompt_id -> cmsgpack {seen, solved, sum of rewards, newest version or ''}
+-- prompt_ids     zset    of `prompts`, all scores 0: pages in the order of the ids
+-- prompts_seen   zset    of `prompts`, score = sequence number of the prompt's last group
 -- group:<seq>    hash    body (canonical msgpack), group_id, content (hash), split, version ('' = none), foreign (0/1),
---                        tokens, bytes, uses, inserted_s, sampled_s, prompt_id, trajectories, reward_sum. A removed group
---                        that was handed out lives on until repeat_window_s after that, for a repeat of the request
+--                        tokens, bytes, uses, inserted_s, sampled_s, prompt_id, trajectories, reward_sum, and of a train
+--                        group weight (weighting.lua). A removed group that was handed out lives on until
+--                        repeat_window_s after that, for a repeat of the request
 -- groups_of:<prompt_id>  zset  stored groups of a prompt: member and score are the sequence number
 -- remembered     hash    group_id -> content hash of a removed group; '' = a partial group that was dropped
 -- remembered_at  zset    group_id, score = time of removal in seconds
@@ -127,6 +140,8 @@ local function count_train(uses, tokens, foreign, version, change)
   end
 end
 
+local leave_weighted -- function(sequence) of weighting.lua: take a train group out of the weighted index
+
 -- Take a group out of the table. Age and TTL count a train group that nobody used apart.
 local function remove(sequence, reason)
   local fields = redis.call('HMGET', group_key(sequence),
@@ -143,6 +158,7 @@ local function remove(sequence, reason)
   end
   add_stat('bytes', -bytes)
   if split == 'train' then
+    leave_weighted(sequence)
     count_train(uses, tokens, foreign, version, -1)
   end
   remember(group_id, content)

@@ -1,9 +1,10 @@
 -- Store one group or say why not. The schema is in common.lua.
 --
--- ARGV[3] JSON {group_id, prompt_id, content, split, oldest, newest, foreign (bool), tokens, trajectories, reward_sum,
---         sealed (bool: assembled from a sealed partial group)}; the versions are decimal strings, absent when no span
---         has one; reward_sum is a decimal string
+-- ARGV[3] JSON {group_id, prompt_id, content, split, oldest, newest, foreign (bool), tokens, trajectories, solved,
+--         reward_sum, sealed (bool: assembled from a sealed partial group)}; the versions are decimal strings, absent
+--         when no span has one; reward_sum is a decimal string
 -- ARGV[4] the encoded group
+-- ARGV[5] what is left of its clock at the start, exponential of mean 1
 -- Returns {code, fact...}: `accepted` or a refusal of outcomes.py with the numbers of its sentence as strings.
 
 local group = cjson.decode(ARGV[3])
@@ -60,12 +61,34 @@ local function refused()
   return refused_for_version(group, latest_version()) or group.split == 'train' and refused_for_training() or make_room()
 end
 
+-- Add the group to the counts of its prompt and return them.
+local function count_prompt(sequence)
+  local packed = redis.call('HGET', key('prompts'), group.prompt_id)
+  local known = packed and cmsgpack.unpack(packed) or { 0, 0, 0, '' }
+  local version = math.max(tonumber(known[4]) or -1, tonumber(group.newest) or -1)
+  local prompt = { seen = known[1] + group.trajectories, solved = known[2] + group.solved }
+  redis.call('HSET', key('prompts'), group.prompt_id, cmsgpack.pack({
+    prompt.seen, prompt.solved, known[3] + tonumber(group.reward_sum), version >= 0 and version or '' }))
+  redis.call('ZADD', key('prompts_seen'), sequence, group.prompt_id)
+  if not packed then
+    redis.call('ZADD', key('prompt_ids'), 0, group.prompt_id)
+    if redis.call('ZCARD', key('prompt_ids')) > settings.table.max_prompts then
+      local oldest = redis.call('ZPOPMIN', key('prompts_seen'))[1]
+      redis.call('ZREM', key('prompt_ids'), oldest)
+      redis.call('HDEL', key('prompts'), oldest)
+      add_stat('forgotten_prompts', 1)
+    end
+  end
+  return prompt
+end
+
 local function store_train(sequence, foreign)
   redis.call('ZADD', key('train'), sequence, sequence)
   redis.call('ZADD', key('fresh'), sequence, sequence)
   if group.oldest then
     redis.call('ZADD', key('ages'), group.oldest, sequence)
   end
+  enter_weighted(sequence, group, count_prompt(sequence), ARGV[5])
   count_train(0, group.tokens, foreign, group.oldest or '', 1)
   add_stat('inserted', 1)
   add_stat('trajectories', group.trajectories)

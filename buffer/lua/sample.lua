@@ -1,14 +1,14 @@
 -- Hand out exactly n distinct groups, or say why the draw must wait. The schema is in common.lua.
 --
--- ARGV[3] JSON {request_id, num_groups, num_fresh, learner_version (decimal string), selector, rest (of a mix)}
+-- ARGV[3] JSON {request_id, num_groups, num_fresh, learner_version (decimal string), rest (selectors.rest_of)}
 -- ARGV[4] the request as one string: a repeat must be equal to the draw that it repeats
--- ARGV[5] cmsgpack list of uniform numbers in [0, 1), one per group, empty when the selector draws no lots
+-- ARGV[5] cmsgpack list of the random numbers of selectors.draw_lots
 -- Returns {'drawn', {body, uses, age, probability}...} with the numbers as strings, age '' for data without a version;
---         {'again'} when more overdue groups must be removed first; {'conflict'} for a reused request_id;
---         {<code of rate_limiter.draw_blocked>, stored, stored fresh}.
+--         {'again'} when more overdue groups must be removed, or other work done, first; {'conflict'} for a reused request_id;
+--         {<code of rate_limiter.draw_blocked>, stored, stored fresh, eligible}.
 
 local request = cjson.decode(ARGV[3])
-local uniforms = cmsgpack.unpack(ARGV[5])
+local lots = cmsgpack.unpack(ARGV[5])
 local draw_key = key('draw:' .. request.request_id)
 
 local function bodies(draw)
@@ -20,9 +20,10 @@ local function bodies(draw)
 end
 
 -- rate_limiter.draw_blocked
-local function blocked(pace)
+local function blocked(pace, eligible)
   local limiter = settings.limiter
-  local short = pace.sampleable < request.num_groups or pace.fresh < request.num_fresh
+  local short = (pace.sampleable < request.num_groups or pace.fresh < request.num_fresh) and 'fresh'
+    or eligible < request.num_groups and 'weight'
   if pace.no_room then
     return short and 'no_fit' or nil
   elseif pace.sampleable < limiter.min_size then
@@ -32,15 +33,23 @@ local function blocked(pace)
   if limiter_error(pace) - request.num_groups < floor then
     return 'ahead'
   end
-  return short and 'fresh' or nil
+  return short or nil
 end
 
-local function oldest(index, limit)
+local function first(command, index, limit)
   local chosen = {}
-  for _, sequence in ipairs(redis.call('ZRANGE', key(index), 0, limit - 1)) do
+  for _, sequence in ipairs(limit > 0 and redis.call(command, key(index), 0, limit - 1) or {}) do
     chosen[#chosen + 1] = { sequence, '1' }
   end
   return chosen
+end
+
+local function set_of(chosen)
+  local is_taken = {}
+  for _, entry in ipairs(chosen) do
+    is_taken[entry[1]] = true
+  end
+  return is_taken
 end
 
 -- selectors.draw_ranks
@@ -51,7 +60,7 @@ local function draw_ranks(taken, total)
   end
   for i = 1, request.num_groups - #taken do
     local front = #taken + i - 1
-    local other = front + math.floor(uniforms[i] * (total - front))
+    local other = front + math.floor(lots[i] * (total - front))
     drawn[i] = moved[other] or other
     moved[other] = moved[front] or front
   end
@@ -70,12 +79,10 @@ local function add_uniform(chosen)
   return chosen
 end
 
-local function add_oldest(chosen)
-  local is_taken = {}
-  for _, entry in ipairs(chosen) do
-    is_taken[entry[1]] = true
-  end
-  for _, entry in ipairs(oldest('train', request.num_groups)) do
+-- Add the first of an index, in the order of the command, that are not chosen yet.
+local function add_first(chosen, command, index)
+  local is_taken = set_of(chosen)
+  for _, entry in ipairs(first(command, index, request.num_groups)) do
     if #chosen < request.num_groups and not is_taken[entry[1]] then
       chosen[#chosen + 1] = entry
     end
@@ -83,15 +90,59 @@ local function add_oldest(chosen)
   return chosen
 end
 
--- A selector returns {sequence, probability as a string} of each chosen group.
+local function add_by_rank(chosen)
+  local is_taken = set_of(chosen)
+  for _, member in ipairs(redis.call('ZRANGE', key('weighted'), 0, request.num_groups - 1)) do
+    local sequence = sequence_of(member)
+    if #chosen < request.num_groups and not is_taken[sequence] then
+      chosen[#chosen + 1] = { sequence, '1' }
+    end
+  end
+  return chosen
+end
+
+-- The sum of the weights that the draw may choose from.
+local function eligible_weight(chosen)
+  local total = line.total
+  for _, entry in ipairs(chosen) do
+    total = total - weight_of(redis.call('HGET', group_key(entry[1]), 'weight'), line.reference)
+  end
+  return total
+end
+
+-- WeightedIndex.draw
+local function add_by_clock(chosen)
+  local is_taken, total = set_of(chosen), eligible_weight(chosen)
+  local scored = redis.call('ZRANGE', key('weighted'), 0, request.num_groups - 1, 'WITHSCORES')
+  local passed, last = {}, 0
+  while #chosen < request.num_groups do
+    local sequence, score = sequence_of(scored[2 * #passed + 1]), tonumber(scored[2 * #passed + 2])
+    local weight = weight_of(redis.call('HGET', group_key(sequence), 'weight'), line.reference)
+    passed[#passed + 1] = { scored[2 * #passed + 1], score, weight, is_taken[sequence] }
+    if not is_taken[sequence] then
+      chosen[#chosen + 1] = { sequence, number(math.min(1, weight / total)) }
+    end
+    last = score
+  end
+  if last > line.time then
+    set_line('time', last)
+  end
+  for i, clock in ipairs(passed) do
+    local member, score, weight, is_void = unpack(clock)
+    local owed = is_void and 0 or math.max((score - line.time) * weight, -MOST_OWED)
+    redis.call('ZADD', key('weighted'), number(line.time + (lots[i] + owed) / weight), member)
+  end
+  start_over_if_worn()
+  return chosen
+end
+
+-- A selector adds {sequence, probability as a string} of each group that it chooses.
 local selectors = {
-  fifo = function() return oldest('train', request.num_groups) end,
-  fresh = function() return oldest('fresh', request.num_groups) end,
-  uniform = function() return add_uniform({}) end,
-  mix = function()
-    local rest = { fifo = add_oldest, uniform = add_uniform }
-    return rest[request.rest](oldest('fresh', request.num_fresh))
-  end,
+  fifo = function(chosen) return add_first(chosen, 'ZRANGE', 'train') end,
+  lifo = function(chosen) return add_first(chosen, 'ZREVRANGE', 'train') end,
+  fresh = function(chosen) return chosen end,
+  uniform = add_uniform,
+  weighted = is_rank and add_by_rank or add_by_clock,
 }
 
 -- Count one use; returns {uses, age} as strings.
@@ -105,12 +156,13 @@ local function hand_out(sequence, clock)
     redis.call('ZREM', key('fresh'), sequence)
     make_evictable(sequence, fields[1])
   end
+  use_weighted(sequence, uses, clock)
   return { integer(uses), fields[2] ~= '' and integer(clock - tonumber(fields[2])) or '' }
 end
 
 local function draw(clock)
   local drawn = {}
-  for i, chosen in ipairs(selectors[request.selector]()) do
+  for i, chosen in ipairs(selectors[request.rest](first('ZRANGE', 'fresh', request.num_fresh))) do
     local info = hand_out(chosen[1], clock)
     drawn[i] = { chosen[1], info[1], info[2], chosen[2] }
   end
@@ -141,11 +193,12 @@ if remembered then
 end
 work_in_full_memory()
 local clock = math.max(tonumber(request.learner_version), latest_version())
-if remove_overdue(clock) then
+if remove_overdue(clock) or weighting and (wake(clock) or move_clocks()) then
   return { 'again' }
 end
 local pace = read_pace()
-local code = blocked(pace)
+local eligible = request.rest == 'weighted' and redis.call('ZCARD', key('weighted')) or pace.sampleable
+local code = blocked(pace, eligible)
 if not code then
   end_wait('learner')
   redis.call('HDEL', key('stats'), 'wanted_fresh', 'no_room')
@@ -154,7 +207,8 @@ end
 if code ~= 'no_fit' then
   start_wait('learner', code)
 end
-if code == 'fresh' then
-  redis.call('HSET', key('stats'), 'wanted_fresh', request.num_fresh)
+if code == 'fresh' or code == 'weight' then -- rate_limiter.fresh_needed
+  local wanted = math.max(request.num_fresh, pace.fresh + request.num_groups - eligible)
+  redis.call('HSET', key('stats'), 'wanted_fresh', wanted)
 end
-return { code, integer(pace.sampleable), integer(pace.fresh) }
+return { code, integer(pace.sampleable), integer(pace.fresh), integer(eligible) }

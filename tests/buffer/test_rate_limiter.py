@@ -52,7 +52,8 @@ def test_both_sides_decide_as_reverb_does(
     pace = Pace(sampleable=size, fresh=size, inserted=inserts, sampled=samples)
 
     assert may_insert(limiter, pace) == reverb.can_insert(size, inserts, samples)
-    assert (draw_blocked(limiter, pace, num_groups, 0) == "") == reverb.can_sample(size, inserts, samples, num_groups)
+    blocked = draw_blocked(limiter, pace, num_groups, 0, num_eligible=size)
+    assert (blocked == "") == reverb.can_sample(size, inserts, samples, num_groups)
 
 
 @profile
@@ -87,7 +88,7 @@ def test_a_blocked_legal_draw_always_leaves_the_insert_open(
     wanted = num_fresh(selector, num_groups)
     pace = Pace(sampleable=sampleable, fresh=max(0, sampleable - used), inserted=inserted, sampled=sampled)
 
-    blocked = draw_blocked(limiter, pace, num_groups, wanted)
+    blocked = draw_blocked(limiter, pace, num_groups, wanted, num_eligible=sampleable)
 
     if blocked:
         assert may_insert(limiter, pace._replace(wanted_fresh=wanted if blocked == "fresh" else 0))

@@ -91,7 +91,7 @@ def test_two_runs_on_one_redis_do_not_meet(client: redis.Redis) -> None:
 
 def test_all_keys_of_a_table_share_one_hash_slot_and_nothing_stays_of_removed_groups(client: redis.Redis) -> None:
     table = open_table(client, TableSettings(reuse_limit=1, repeat_window_s=0.001, max_age_updates=0))
-    table.insert([make_group(f"g{i}") for i in range(20)])
+    table.insert([make_group(f"g{i}", prompt_id=f"p{i % 3}") for i in range(20)])
     for i in range(10):
         table.sample(request(f"r{i}"))
     table.advance_version(1)
@@ -100,7 +100,7 @@ def test_all_keys_of_a_table_share_one_hash_slot_and_nothing_stays_of_removed_gr
 
     assert all(key.startswith(f"sw:{{{RUN_ID}:0}}:") for key in keys)
     lasting = {key.rsplit(":", 1)[-1] for key in keys if client.pttl(key) == -1}
-    assert lasting == {"stats", "remembered", "remembered_at"}
+    assert lasting == {"stats", "remembered", "remembered_at", "prompts", "prompt_ids", "prompts_seen"}
 
 
 def test_tables_in_two_processes_share_one_draw_history(client: redis.Redis) -> None:

@@ -22,9 +22,10 @@ from buffer.memory_table import MemoryTable
 from buffer.rate_limiter import RateLimiterSettings, check_request
 from buffer.redis_server import connect
 from buffer.redis_table import RedisTable
-from buffer.selectors import Fifo, Fresh, Mix, Selector, Uniform
+from buffer.selectors import Fifo, Fresh, Lifo, Mix, Selector, Uniform, Weighted
 from buffer.table import SampleRequest, ServedTable, TableSettings
-from buffer.types import Split
+from buffer.types import SampleInfo, Split
+from buffer.weighting import DifficultyWeighting, PriorityWeighting, RankWeighting, RecencyWeighting, Weighting
 from tests.conftest import Clock
 from tests.factories import RUN_ID, make_group, parts_of
 
@@ -39,7 +40,18 @@ limiters = st.builds(
     st.sampled_from([0.0, 1.5, 8.0]),
 )
 selectors: st.SearchStrategy[Selector] = st.sampled_from(
-    [Fifo(), Uniform(), Fresh(), Mix(fresh=0.25), Mix(fresh=0.5), Mix(fresh=0.5, rest=Fifo())]
+    [Fifo(), Lifo(), Uniform(), Fresh(), Mix(fresh=0.25), Mix(fresh=0.5, rest=Fifo()), Mix(fresh=0.5, rest=Lifo())]
+)
+weightings: st.SearchStrategy[Weighting | None] = st.sampled_from(
+    [
+        None,
+        PriorityWeighting(),
+        RecencyWeighting(half_life_updates=0.05),
+        RecencyWeighting(half_life_updates=3.0),
+        DifficultyWeighting(),
+        RankWeighting(decay_per_use=0.25),
+        RankWeighting(cool_down_updates=2),
+    ]
 )
 
 
@@ -59,7 +71,14 @@ def tables(draw: st.DrawFn, limiter: RateLimiterSettings) -> TableSettings:
         partial_group_timeout_s=40.0,
         partial_max_groups=draw(st.sampled_from([2, 100])),
         partial_max_bytes=GROUP_BYTES * draw(st.sampled_from([4, 1000])),
+        weighting=draw(weightings),
+        max_prompts=draw(st.sampled_from([2, 1000])),
     )
+
+
+def rounded(info: SampleInfo) -> SampleInfo:
+    """Return an info whose probability is the same on any libm."""
+    return info.model_copy(update={"probability": float(f"{info.probability:.9g}")})
 
 
 def outcome_of(call: Callable[[], Any]) -> Any:
@@ -95,7 +114,8 @@ class Tables(RuleBasedStateMachine):
 
     def insert_new(self, **fields: Any) -> str:
         self.number += 1
-        values: dict[str, Any] = {"rewards": (0.5,), "version": self.version} | fields
+        prompt_id = f"p{self.number % 4}"
+        values: dict[str, Any] = {"rewards": (0.5,), "version": self.version, "prompt_id": prompt_id} | fields
         group = make_group(f"g{self.number:03}", **values)
         result: str = self.both(lambda table: table.insert([group]))[0].outcome.value
         return result
@@ -109,7 +129,7 @@ class Tables(RuleBasedStateMachine):
             selector=selector,
         )
         self.last = request
-        return self.both(lambda table: [(s.group.group_id, s.info) for s in table.sample(request)])
+        return self.both(lambda table: [(s.group.group_id, rounded(s.info)) for s in table.sample(request)])
 
     @rule(times=st.integers(1, 4))
     def insert(self, times: int) -> None:
@@ -162,9 +182,24 @@ class Tables(RuleBasedStateMachine):
     @precondition(lambda self: self.requests > 0)
     @rule()
     def repeat_the_last_request(self) -> None:
-        self.both(lambda table: [(s.group.group_id, s.info) for s in table.sample(self.last)])
+        self.both(lambda table: [(s.group.group_id, rounded(s.info)) for s in table.sample(self.last)])
 
-    @rule(updates=st.integers(0, 3))
+    @rule(num_groups=st.integers(1, 4), fresh=st.sampled_from([None, 0.5]), ahead=st.integers(0, 2))
+    def sample_by_weight(self, num_groups: int, fresh: float | None, ahead: int) -> None:
+        by = "priority" if self.settings.weighting is None else self.settings.weighting.by
+        rest = Weighted(by=by)
+        self.sample(num_groups=num_groups, selector=rest if fresh is None else Mix(fresh=fresh, rest=rest), ahead=ahead)
+
+    @rule(back=st.lists(st.integers(0, 8), max_size=4), priority=st.sampled_from([0.0, 1e-6, 0.5, 2.0, 1e12, -1.0]))
+    def post_priorities(self, back: list[int], priority: float) -> None:
+        posted = {f"g{max(1, self.number - i):03}": priority for i in back}
+        self.both(lambda table: table.update_priorities(posted))
+
+    @rule(cursor=st.sampled_from(["", "p1", "p9"]), limit=st.integers(0, 3))
+    def browse_prompts(self, cursor: str, limit: int) -> None:
+        self.both(lambda table: table.prompts(cursor, limit))
+
+    @rule(updates=st.sampled_from([0, 1, 2, 3, 40]))
     def publish(self, updates: int) -> None:
         self.version += updates
         self.both(lambda table: table.advance_version(self.version))
@@ -177,8 +212,10 @@ class Tables(RuleBasedStateMachine):
     def get(self, back: int) -> None:
         self.both(lambda table: encode_group(table.get(f"g{max(1, self.number - back):03}")))
 
-    @rule(num_groups=st.integers(1, 5), selector=selectors)
-    def somebody_may_move(self, num_groups: int, selector: Selector) -> None:
+    @rule(num_groups=st.integers(1, 5), selector=selectors, weighted=st.booleans())
+    def somebody_may_move(self, num_groups: int, selector: Selector, weighted: bool) -> None:
+        if weighted and self.settings.weighting is not None:
+            selector = Weighted(by=self.settings.weighting.by)
         request = SampleRequest(num_groups=num_groups, learner_version=0, request_id="x", selector=selector)
         try:
             check_request(request, self.limiter)

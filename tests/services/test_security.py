@@ -25,6 +25,8 @@ ALLOWED = {
     "POST /v1/import": "admin",
     "POST /v1/sample": "learn admin",
     "GET /v1/run": "submit act learn read admin",
+    "POST /v1/priorities": "learn admin",
+    "GET /v1/prompts": "learn read admin",
     "GET /v1/stats": "learn read admin",
     "PUT /v1/weights/blobs/{sha256}": "learn admin",
     "PUT /v1/weights/{version}": "learn admin",
