@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 from buffer.browsing import GroupQuery
+from buffer.codec import group_from_record
 from buffer.errors import InvalidRecord, NotFound
 from buffer.table import ReplayTable
 from buffer.types import SCHEMA, Group, Trajectory
@@ -51,7 +53,29 @@ def stored_groups(table: ReplayTable) -> Iterator[Group]:
         query = query.model_copy(update={"cursor": page.cursor})
 
 
+def plain_record(group: Group) -> dict[str, Any]:
+    """Return a group as numbers, lists and maps that read back to exactly the same group."""
+    record = group.model_dump(mode="json")
+    for plain, trajectory in zip(record["trajectories"], group.trajectories, strict=True):
+        # extra columns may hold NaN, which the JSON of pydantic turns into null
+        plain["columns"] = {name: column.tolist() for name, column in trajectory.columns.items()}
+    return record
+
+
 def json_line(group: Group) -> bytes:
-    """Return a group as one line of JSON that reads back to exactly the same group."""
-    record = {"schema": SCHEMA, "group": group.model_dump(mode="json")}
+    """Return a group as one line of JSON that reads back to exactly the same group; NaN is written as `NaN`."""
+    record = {"schema": SCHEMA, "group": plain_record(group)}
     return json.dumps(record, separators=(",", ":")).encode() + b"\n"
+
+
+def group_of_line(line: bytes) -> Group:
+    """Read a line of JSON that `json_line` wrote. Raises InvalidRecord for everything else."""
+    try:
+        document = json.loads(line)
+    except ValueError as error:
+        raise InvalidRecord(f"not JSON: {error}") from error
+    if not isinstance(document, dict) or set(document) != {"schema", "group"}:
+        raise InvalidRecord("a line is one JSON document of `schema` and `group`")
+    if document["schema"] != SCHEMA:
+        raise InvalidRecord(f"the record has schema {document['schema']!r:.60}, this build reads {SCHEMA}")
+    return group_from_record(document["group"])

@@ -129,6 +129,39 @@ def stats(
     )
 
 
+@app.command("export")
+def export_groups(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="File to write: .jsonl or .parquet.")],
+    config: Config = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Write the groups that a running service stores to a file."""
+    settings = _load(config, overrides)
+    from services.transfer import export_file
+
+    print(f"{export_file(connect(settings), path)} groups written to {path}")
+
+
+@app.command("import")
+def import_groups(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="File of an export: .jsonl or .parquet.")],
+    config: Config = None,
+    overrides: Overrides = [],  # noqa: B006
+    foreign: Annotated[
+        bool, typer.Option("--foreign", help="Other weights than this run's drew the tokens: versions become null.")
+    ] = False,
+    patience_s: Annotated[
+        float, typer.Option("--patience-s", help="Give up when the table was full for so long.")
+    ] = 60.0,
+) -> None:
+    """Insert the groups of a file into a running service."""
+    settings = _load(config, overrides)
+    from services.transfer import import_file
+
+    for outcome, number in import_file(connect(settings), path, foreign=foreign, patience_s=patience_s).items():
+        print(f"{outcome}: {number}")
+
+
 @app.command("settings")
 def show_settings(config: Config = None, overrides: Overrides = []) -> None:  # noqa: B006
     """Print the resolved settings and end."""

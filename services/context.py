@@ -39,6 +39,8 @@ class ServiceSettings(Settings):
     """Seconds between two looks on behalf of a request that waits; a bound on the delay that waiting adds."""
     retry_after_s: Annotated[int, Field(ge=1)] = 1
     """Seconds that a `full` answer tells the actor to pause."""
+    janitor_tick_s: Annotated[float, Field(gt=0)] = 5.0
+    """Seconds between two looks for overdue groups; what is overdue stays at most so much longer."""
     drain_s: Annotated[float, Field(gt=0)] = 20.0
     """Seconds that running requests get to end after SIGTERM; requests that wait end at once."""
 

@@ -1,8 +1,9 @@
 """`stalewise serve`: one process that owns a run's buffer and weights, from start to a clean drain.
 
-| waits for | produces | unblocked by | on shutdown |
-|---|---|---|---|
-| requests | answers | callers | stop listening, end waiting requests with nothing, finish the others, stop Redis |
+| loop | waits for | produces | unblocked by | on shutdown |
+|---|---|---|---|---|
+| server | requests | answers | callers | stops listening, ends waiting requests, finishes the rest, stops Redis |
+| janitor (janitor.py) | a tick | removals of what is overdue | the clock | nothing |
 """
 
 import asyncio
@@ -10,7 +11,6 @@ import errno
 import logging
 import signal
 import socket
-import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,6 +26,7 @@ from buffer.redis_table import RedisTable
 from buffer.weights.directory_store import DirectoryWeightStore
 from services.address import remove_address, write_address
 from services.context import ServiceContext
+from services.janitor import keep_tidy
 from services.presence import Presence, RedisBoard
 from services.replay_api import create_app
 from services.security import Guard, check_bind
@@ -57,8 +58,7 @@ def run_service(config: RunConfig) -> None:
         context = _context(config, client)
         server = _Server(
             create_app(context, Guard(service.tokens)),
-            drain_s=service.drain_s,
-            closing=context.closing,
+            context=context,
             redis_client=client if service.redis_url is None else None,
         )
         url = _url(listener)
@@ -106,9 +106,7 @@ class _Uvicorn(uvicorn.Server):
 class _Server:
     """Uvicorn with our signals: it drains, says so to requests that wait, and returns to its caller."""
 
-    def __init__(
-        self, app: FastAPI, *, drain_s: float, closing: threading.Event, redis_client: "redis.Redis | None"
-    ) -> None:
+    def __init__(self, app: FastAPI, *, context: ServiceContext, redis_client: "redis.Redis | None") -> None:
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
                 app,
@@ -117,10 +115,11 @@ class _Server:
                 access_log=False,
                 server_header=False,
                 timeout_keep_alive=_KEEP_ALIVE_S,
-                timeout_graceful_shutdown=round(drain_s),
+                timeout_graceful_shutdown=round(context.settings.drain_s),
             )
         )
-        self._closing = closing
+        self._context = context
+        self._closing = context.closing
         self._redis = redis_client
         self._failure: StoreUnavailable | None = None
 
@@ -156,10 +155,13 @@ class _Server:
             await asyncio.sleep(0.01)
         on_listening()
         watching = asyncio.create_task(self._watch_redis())
+        tick_s = self._context.settings.janitor_tick_s
+        tidying = asyncio.create_task(keep_tidy(self._context.table, tick_s=tick_s))
         try:
             await serving
         finally:
             watching.cancel()
+            tidying.cancel()
 
     async def _watch_redis(self) -> None:
         """End the service when our own Redis has died: nobody else would start it again."""
