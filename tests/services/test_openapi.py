@@ -8,9 +8,9 @@ import msgpack
 import pytest
 
 from buffer.types import FinishReason
-from buffer.wire import JSON, MSGPACK, InsertRequest, encode
+from buffer.wire import JSON, MSGPACK, InsertRequest, PartsRequest, encode
 from services.security import ACCESS
-from tests.factories import make_group, make_manifest
+from tests.factories import make_group, make_manifest, parts_of
 
 
 @pytest.fixture
@@ -71,6 +71,12 @@ def test_real_responses_are_as_the_schema_says(http: httpx.Client, openapi: dict
     check(openapi, "POST /v1/sample", http.post("/v1/sample", json={}))
     check(openapi, "GET /v1/groups/{group_id}", http.get("/v1/groups/a"))
     check(openapi, "GET /v1/groups/{group_id}", http.get("/v1/groups/absent"))
+    parts = encode(PartsRequest(trajectories=parts_of("p", size=2)[:1]), JSON)
+    check(openapi, "POST /v1/trajectories", http.post("/v1/trajectories", content=parts, headers=json_type))
+    check(openapi, "POST /v1/trajectories", http.post("/v1/trajectories", json={"schema": 1, "trajectories": [{}]}))
+    check(openapi, "POST /v1/import", http.post("/v1/import", content=group, headers=json_type))
+    check(openapi, "GET /v1/groups", http.get("/v1/groups"))
+    check(openapi, "GET /v1/groups", http.get("/v1/groups?limit=0"))
     check(openapi, "GET /v1/run", http.get("/v1/run"))
     check(openapi, "GET /v1/stats", http.get("/v1/stats"))
     check(openapi, "GET /v1/weights/{version}", http.get("/v1/weights/0"))
