@@ -175,7 +175,8 @@ class MemoryTable:
                 self._remembered.add(group_id, "", self._clock())
                 self._removed["partial_timeout"] += 1
             for group_id in self._partials.sealed():
-                self._insert_sealed(group_id)
+                if self._insert_sealed(group_id).outcome is InsertOutcome.FULL:
+                    break  # it went to the end of the line: another one is first at the next tick
 
     def count_malformed(self, *, groups: int = 0, parts: int = 0) -> None:
         """Count submissions that were no records; see ServedTable."""

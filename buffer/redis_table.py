@@ -161,7 +161,9 @@ class RedisTable:
         while more:
             more, *sealed = self._scripts.run("tidy", [[]])[0]
         for group_id in sealed:
-            self._insert_sealed(group_id.decode())
+            inserted = self._insert_sealed(group_id.decode())
+            if inserted is not None and inserted.outcome is InsertOutcome.FULL:
+                break  # it went to the end of the line: another one is first at the next tick
 
     def count_malformed(self, *, groups: int = 0, parts: int = 0) -> None:
         """Count submissions that were no records; see ServedTable."""

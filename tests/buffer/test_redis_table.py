@@ -1,16 +1,22 @@
 """What only a table on Redis can meet: full memory, a lost server, a forgotten script, keys of other runs."""
 
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import redis
 
+from buffer.browsing import GroupQuery
 from buffer.errors import StoreUnavailable
 from buffer.rate_limiter import RateLimiterSettings
 from buffer.redis_server import RedisSettings, connect, redis_server
 from buffer.redis_table import RedisTable
 from buffer.table import SampleRequest, TableSettings
-from tests.factories import RUN_ID, make_group
+from buffer.types import InsertResult
+from tests.conftest import Clock
+from tests.factories import RUN_ID, make_group, parts_of
 
 OPEN = RateLimiterSettings(min_size=1, error_buffer=1e9)
 
@@ -112,3 +118,77 @@ def test_tables_in_two_processes_share_one_draw_history(client: redis.Redis) -> 
 
     assert first[0].group.group_id == again[0].group.group_id
     assert other.stats().sampled_total == 1
+
+
+def test_partial_groups_survive_a_kill_of_redis_and_of_the_worker_that_sealed_one(tmp_path: Path) -> None:
+    first, second = parts_of("open", size=2)
+    sealed = parts_of("sealed", size=2)
+    with redis_server(tmp_path, RedisSettings()) as url:
+        client = connect(url)
+        table = open_table(client)
+        table.insert_parts([first, sealed[0]])
+        with pytest.raises(Killed):
+            TableOfAKilledWorker(client, TableSettings(), OPEN, RUN_ID).insert_parts([sealed[1]])
+        os.kill(client.info("server")["process_id"], signal.SIGKILL)
+
+    with redis_server(tmp_path, RedisSettings()) as url:
+        table = open_table(connect(url))
+        before = table.stats()
+        retried = table.insert_parts([sealed[1]])
+        completed = table.insert_parts([first, second])
+        after = table.stats()
+
+    assert (before.num_partial_groups, before.num_groups) == (2, 0)
+    assert [result.outcome.value for result in [*retried, *completed]] == ["accepted", "duplicate", "accepted"]
+    assert (after.num_partial_groups, after.partial_bytes, after.num_groups) == (0, 0, 2)
+
+
+def test_janitors_of_many_workers_at_once_do_everything_exactly_once(client: redis.Redis, clock: Clock) -> None:
+    settings = TableSettings(partial_group_timeout_s=10, ttl_s=5)
+    tables = [RedisTable(client, settings, OPEN, RUN_ID, clock=clock) for _ in range(4)]
+    tables[0].advance_version(0)
+    for i in range(30):
+        tables[0].insert([make_group(f"old{i}")])
+        tables[0].insert_parts(parts_of(f"few{i}", size=3)[:1])
+        tables[0].insert_parts(parts_of(f"enough{i}", size=3)[:2])
+    clock.advance(10)
+
+    with ThreadPoolExecutor(len(tables)) as pool:
+        for done in [pool.submit(table.tidy) for table in tables]:
+            done.result()
+
+    stats = tables[0].stats()
+    assert stats.removed == {"ttl_unsampled": 30, "partial_timeout": 30}
+    assert (stats.num_groups, stats.outcomes["accepted"], stats.inserted_total) == (30, 60, 60)
+    assert (stats.num_partial_groups, stats.partial_bytes) == (0, 0)
+
+
+def test_browsing_a_large_table_takes_no_more_steps_than_a_small_one(client: redis.Redis) -> None:
+    table = open_table(client)
+    table.insert([make_group(f"g{i}") for i in range(5)])
+    queries = [GroupQuery(limit=1), GroupQuery(limit=1, prompt_id="p0"), GroupQuery(limit=1, unused=True)]
+
+    def commands() -> list[int]:
+        counts = []
+        for query in queries:
+            before = client.info("stats")["total_commands_processed"]
+            table.browse(query)
+            counts.append(client.info("stats")["total_commands_processed"] - before)
+        return counts
+
+    commands()  # loads the script
+    few = commands()
+    table.insert([make_group(f"g{i}") for i in range(5, 500)])
+
+    assert commands() == few
+
+
+class Killed(Exception):
+    """Stands for kill -9."""
+
+
+class TableOfAKilledWorker(RedisTable):
+    """A table whose process dies between sealing a group and inserting it."""
+
+    def _insert_sealed(self, group_id: str) -> InsertResult | None:
+        raise Killed

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -14,9 +15,10 @@ import pytest
 
 from buffer.client import ServiceClient
 from buffer.codec import encode_group
+from buffer.table import SampleRequest
 from buffer.weights.directory_store import DirectoryWeightStore
 from services.address import read_address
-from tests.factories import RUN_ID, make_group, make_manifest
+from tests.factories import RUN_ID, make_group, make_manifest, parts_of
 from tests.services.live import NO_RETRY, PublishingTable, ServeProcess, stalewise
 
 
@@ -83,6 +85,62 @@ def test_kill_of_the_service_loses_no_acknowledged_group_and_no_published_versio
             "appendfsync": "always",
             "maxmemory_policy": "noeviction",
         }
+
+
+def test_kill_of_the_service_loses_no_held_trajectory_and_a_janitor_completes_what_it_left(
+    tmp_path: Path,
+) -> None:
+    serve = ServeProcess(
+        tmp_path,
+        *("limiter.min_size=1", "limiter.error_buffer=2", "service.janitor_tick_s=0.05"),
+        *("table.partial_group_timeout_s=1000",),
+    )
+    first, second = parts_of("p", size=2)
+    waiting = parts_of("w", size=2)
+    draw = SampleRequest(num_groups=1, learner_version=0, request_id="r")
+    try:
+        with closing(ServiceClient(serve.wait_until_ready(), settings=NO_RETRY)) as client:
+            table = PublishingTable(client)
+            table.advance_version(0)
+            table.insert([make_group(name) for name in "abc"])
+            assert [r.outcome.value for r in table.insert_parts([first, *waiting])] == ["pending", "pending", "full"]
+
+        os.kill(serve.process.pid, signal.SIGKILL)
+        serve.restart()
+
+        with closing(ServiceClient(serve.wait_until_ready(), settings=NO_RETRY)) as client:
+            table = PublishingTable(client)
+            assert table.stats().num_partial_groups == 2
+            assert [r.outcome.value for r in table.insert_parts([first, waiting[1]])] == ["duplicate", "full"]
+            table.sample(draw)
+            deadline_s = time.monotonic() + 30
+            while table.stats().num_partial_groups > 1:  # the janitor inserts what waited for the learner
+                assert time.monotonic() < deadline_s, serve.log_path.read_text()
+            table.sample(draw.model_copy(update={"request_id": "r2"}))
+            assert [r.outcome.value for r in table.insert_parts([second])] == ["accepted"]
+            assert [len(table.get(name).trajectories) for name in "pw"] == [2, 2]
+            assert table.stats().inserted_total == 5
+    finally:
+        serve.stop()
+
+
+def test_export_and_import_are_commands(serve: ServeProcess, tmp_path: Path) -> None:
+    url = serve.wait_until_ready()
+    with closing(ServiceClient(url, settings=NO_RETRY)) as client:
+        PublishingTable(client).advance_version(0)
+        PublishingTable(client).insert([make_group("a"), make_group("b")])
+    path, to_service = tmp_path / "groups.jsonl", ("--set", f"service.url={url}")
+
+    exported = stalewise("export", str(path), *to_service)
+    imported = stalewise("import", str(path), *to_service)
+    path.write_text(path.read_text().replace("behavior_logprobs", "logprobs", 1))
+    refused = stalewise("import", str(path), *to_service)
+
+    assert (exported.returncode, exported.stdout) == (0, f"2 groups written to {path}\n")
+    assert (imported.returncode, imported.stdout) == (0, "duplicate: 2\n")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "line 1: group 'a'" in refused.stderr
+    assert "a missing one is not a ratio of 1" in refused.stderr
 
 
 def test_death_of_its_redis_ends_the_service_with_a_sentence(serve: ServeProcess) -> None:
