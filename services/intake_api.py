@@ -30,7 +30,7 @@ from services.operations import Operation
 R = TypeVar("R", bound=InsertResult)
 T = TypeVar("T")
 
-_STATUS: Mapping[InsertOutcome, int] = {
+STATUS: Mapping[InsertOutcome, int] = {
     InsertOutcome.ACCEPTED: 200,
     InsertOutcome.DUPLICATE: 200,
     InsertOutcome.PENDING: 202,
@@ -180,7 +180,7 @@ def _answer(
 ) -> Response:
     full = any(result.outcome is InsertOutcome.FULL for result in results)
     headers = {"Retry-After": str(retry_after_s)} if full else None
-    statuses = {_STATUS[result.outcome] for result in results}
+    statuses = {STATUS[result.outcome] for result in results}
     status = statuses.pop() if len(statuses) == 1 else 207
     if status < 400:
         return answer(accepted(results=results), media_type, status=status, headers=headers)
