@@ -47,6 +47,9 @@ def test_full_memory_refuses_inserts_whole_and_lets_the_learner_make_room(client
     try:
         with pytest.raises(StoreUnavailable, match="Redis is out of memory"):
             table.insert([make_group("c")])
+        with pytest.raises(StoreUnavailable, match="Redis is out of memory"):
+            table.insert_parts(parts_of("d", size=2))
+        table.tidy()
         after = client.hgetall(f"sw:{{{RUN_ID}:0}}:stats")
         drawn = table.sample(request("r"))
         table.advance_version(1)
@@ -67,6 +70,11 @@ def test_lost_server_is_store_unavailable_for_every_call(tmp_path: Path) -> None
         lambda: table.insert([make_group("a")]),
         lambda: table.insert([make_group("a", run_id="other")]),
         lambda: table.sample(request("r")),
+        lambda: table.insert_parts(parts_of("b", size=2)),
+        lambda: table.summary("a"),
+        lambda: table.browse(GroupQuery()),
+        table.tidy,
+        lambda: table.count_malformed(groups=1),
         lambda: table.advance_version(1),
         lambda: table.get("a"),
         table.stats,
@@ -161,6 +169,7 @@ def test_janitors_of_many_workers_at_once_do_everything_exactly_once(client: red
     assert stats.removed == {"ttl_unsampled": 30, "partial_timeout": 30}
     assert (stats.num_groups, stats.outcomes["accepted"], stats.inserted_total) == (30, 60, 60)
     assert (stats.num_partial_groups, stats.partial_bytes) == (0, 0)
+    assert not [key for key in client.scan_iter() if b":partial" in key or key.endswith(b":sealed")]
 
 
 def test_browsing_a_large_table_takes_no_more_steps_than_a_small_one(client: redis.Redis) -> None:
