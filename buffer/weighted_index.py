@@ -58,11 +58,11 @@ class WeightedIndex:
         """Enter a new group; `prompt` are the counts of its prompt, this group included."""
         self._places[sequence] = _Place(self._first_number(group, latest, prompt), lot, group.prompt_id)
         siblings = self._by_prompt.setdefault(group.prompt_id, [])
-        siblings.append(sequence)
         if isinstance(self._weighting, DifficultyWeighting):
             for sibling in siblings[-MAX_REWEIGHED:]:
                 self._places[sibling].number = self._places[sequence].number
             self.left_behind += max(0, len(siblings) - MAX_REWEIGHED)
+        siblings.append(sequence)
 
     def remove(self, sequence: int) -> None:
         """Take a group out."""

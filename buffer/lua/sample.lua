@@ -11,6 +11,23 @@ local request = cjson.decode(ARGV[3])
 local lots = cmsgpack.unpack(ARGV[5])
 local draw_key = key('draw:' .. request.request_id)
 
+-- What a draw wants to know of a group, read once: a call costs Redis more than all that Lua does with the answer.
+local facts = {}
+local function facts_of(sequence)
+  if not facts[sequence] then
+    local fields = redis.call('HMGET', group_key(sequence), 'body', 'bytes', 'version', 'uses', 'weight')
+    facts[sequence] = { body = fields[1], bytes = fields[2], version = fields[3], uses = fields[4], weight = fields[5] }
+  end
+  return facts[sequence]
+end
+
+-- Call a command on an index with any number of arguments, as many at a time as fit on Lua's stack.
+local function call_many(command, index, arguments)
+  for i = 1, #arguments, 1000 do
+    redis.call(command, key(index), unpack(arguments, i, math.min(i + 999, #arguments)))
+  end
+end
+
 local function bodies(draw)
   local reply = { 'drawn' }
   for _, entry in ipairs(draw) do
@@ -105,7 +122,7 @@ end
 local function eligible_weight(chosen)
   local total = line.total
   for _, entry in ipairs(chosen) do
-    total = total - weight_of(redis.call('HGET', group_key(entry[1]), 'weight'), line.reference)
+    total = total - weight_of(facts_of(entry[1]).weight, line.reference)
   end
   return total
 end
@@ -117,7 +134,7 @@ local function add_by_clock(chosen)
   local passed, last = {}, 0
   while #chosen < request.num_groups do
     local sequence, score = sequence_of(scored[2 * #passed + 1]), tonumber(scored[2 * #passed + 2])
-    local weight = weight_of(redis.call('HGET', group_key(sequence), 'weight'), line.reference)
+    local weight = weight_of(facts_of(sequence).weight, line.reference)
     passed[#passed + 1] = { scored[2 * #passed + 1], score, weight, is_taken[sequence] }
     if not is_taken[sequence] then
       chosen[#chosen + 1] = { sequence, number(math.min(1, weight / total)) }
@@ -127,11 +144,13 @@ local function add_by_clock(chosen)
   if last > line.time then
     set_line('time', last)
   end
+  local renewed = {}
   for i, clock in ipairs(passed) do
     local member, score, weight, is_void = unpack(clock)
     local owed = is_void and 0 or math.max((score - line.time) * weight, -MOST_OWED)
-    redis.call('ZADD', key('weighted'), number(line.time + (lots[i] + owed) / weight), member)
+    renewed[2 * i - 1], renewed[2 * i] = number(line.time + (lots[i] + owed) / weight), member
   end
+  call_many('ZADD', 'weighted', renewed)
   start_over_if_worn()
   return chosen
 end
@@ -145,30 +164,47 @@ local selectors = {
   weighted = is_rank and add_by_rank or add_by_clock,
 }
 
--- Count one use; returns {uses, age} as strings.
-local function hand_out(sequence, clock)
-  local fields = redis.call('HMGET', group_key(sequence), 'bytes', 'version')
-  local uses = redis.call('HINCRBY', group_key(sequence), 'uses', 1)
-  redis.call('HSET', group_key(sequence), 'sampled_s', now)
-  count('uses', uses - 1, -1)
-  count('uses', uses, 1)
-  if uses == 1 then
-    redis.call('ZREM', key('fresh'), sequence)
-    make_evictable(sequence, fields[1])
+-- Take groups that were used for the first time out of `fresh`: from now on capacity may remove them.
+local function open_to_eviction(sequences)
+  local scored, bytes = {}, 0
+  for i, sequence in ipairs(sequences) do
+    scored[2 * i - 1], scored[2 * i] = sequence, sequence
+    bytes = bytes + facts_of(sequence).bytes
   end
-  use_weighted(sequence, uses, clock)
-  return { integer(uses), fields[2] ~= '' and integer(clock - tonumber(fields[2])) or '' }
+  call_many('ZREM', 'fresh', sequences)
+  call_many('ZADD', 'evictable', scored)
+  add_stat('evictable_bytes', bytes)
+end
+
+-- Count one use of each chosen group; returns {sequence, uses, age, probability} of each, as strings.
+local function hand_out(chosen, clock)
+  local drawn, first_used, histogram = {}, {}, {}
+  for i, entry in ipairs(chosen) do
+    local sequence, group = entry[1], facts_of(entry[1])
+    local before, uses = tonumber(group.uses), group.uses + 1
+    redis.call('HSET', group_key(sequence), 'uses', uses, 'sampled_s', now)
+    histogram[before] = (histogram[before] or 0) - 1
+    histogram[uses] = (histogram[uses] or 0) + 1
+    if before == 0 then
+      first_used[#first_used + 1] = sequence
+    end
+    use_weighted(sequence, uses, clock)
+    local age = group.version ~= '' and integer(clock - tonumber(group.version)) or ''
+    drawn[i] = { sequence, integer(uses), age, entry[2] }
+  end
+  for times, change in pairs(histogram) do
+    count('uses', times, change)
+  end
+  open_to_eviction(first_used)
+  return drawn
 end
 
 local function draw(clock)
-  local drawn = {}
-  for i, chosen in ipairs(selectors[request.rest](first('ZRANGE', 'fresh', request.num_fresh))) do
-    local info = hand_out(chosen[1], clock)
-    drawn[i] = { chosen[1], info[1], info[2], chosen[2] }
-  end
+  local chosen = selectors[request.rest](first('ZRANGE', 'fresh', request.num_fresh))
+  local drawn, reply = hand_out(chosen, clock), { 'drawn' }
   add_stat('sampled', #drawn)
-  local reply = bodies(drawn)
-  for _, entry in ipairs(drawn) do
+  for i, entry in ipairs(drawn) do
+    reply[i + 1] = { facts_of(entry[1]).body, entry[2], entry[3], entry[4] }
     if settings.table.reuse_limit and tonumber(entry[2]) >= settings.table.reuse_limit then
       remove(entry[1], 'reuse')
     end
