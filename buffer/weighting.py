@@ -22,6 +22,7 @@ class PriorityWeighting(Settings):
     """weight = priority ^ exponent (arXiv 1511.05952); priorities come by update_priorities."""
 
     by: Literal["priority"] = "priority"
+    """By priorities that the learner posts."""
     exponent: Annotated[float, Field(gt=0, le=4)] = 0.6
     """1 = proportional, towards 0 = uniform; 0.6 is the value of arXiv 1511.05952."""
 
@@ -30,6 +31,7 @@ class RecencyWeighting(Settings):
     """weight = 2 ^ (-age / half_life_updates), age by the oldest span; what has no version counts from its arrival."""
 
     by: Literal["recency"] = "recency"
+    """By the age of the data."""
     half_life_updates: Annotated[float, Field(ge=0.01, le=1e9)]
     """Updates by which a group must be younger to be twice as likely."""
 
@@ -41,12 +43,14 @@ class DifficultyWeighting(Settings):
     """
 
     by: Literal["difficulty"] = "difficulty"
+    """By the success rate of the prompt."""
 
 
 class RankWeighting(Settings):
     """No lots: highest priority - decay_per_use x uses first, ties to the oldest (after Trinity-RFT, 2505.17826)."""
 
     by: Literal["rank"] = "rank"
+    """By priority and reuse, without lots."""
     decay_per_use: Annotated[float, Field(ge=0, le=MAX_PRIORITY)] = 1.0
     """What one use takes off the priority. 1 puts used groups behind all unused ones while nobody posts priorities."""
     cool_down_updates: Annotated[int, Field(ge=0, lt=1 << 53)] = 0
