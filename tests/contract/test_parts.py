@@ -129,6 +129,20 @@ def test_complete_group_waits_for_the_limiter_like_any_other(make_table: TableFa
     assert submit(table, second) == ["duplicate"]
 
 
+def test_group_that_must_wait_does_not_hold_up_those_behind_it_for_ever(make_table: TableFactory, clock: Clock) -> None:
+    table = make_table(TableSettings(partial_group_timeout_s=60), RateLimiterSettings(min_size=1, error_buffer=2))
+    insert(table, *[make_group(f"g{i}") for i in range(3)])
+    submit(table, *parts_of("a-train", size=3)[:2], *parts_of("b-eval", size=3, split=Split.EVAL)[:2])
+    clock.advance(60)
+
+    for _ in range(3):
+        table.tidy()
+        clock.advance(1)
+
+    stats = table.stats()
+    assert (stats.num_eval, stats.num_groups, stats.num_partial_groups) == (1, 3, 1)
+
+
 def test_full_answer_to_the_last_part_becomes_accepted_when_it_is_sent_again(make_table: TableFactory) -> None:
     table = make_table(TableSettings(capacity_groups=1))
     insert(table, make_group("a"))
