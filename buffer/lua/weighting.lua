@@ -86,13 +86,20 @@ end
 
 -- Move clocks to the new time line; return whether more may be left.
 local function move_clocks()
-  local members = redis.call('ZRANGE', key('weighted_old'), 0, BATCH - 1)
-  for _, member in ipairs(members) do
-    local sequence = sequence_of(member)
-    local stored = redis.call('HGET', group_key(sequence), 'weight')
-    start_clock(sequence, stored, stop_clock(sequence, stored))
+  local scored, moved, total = redis.call('ZRANGE', key('weighted_old'), 0, BATCH - 1, 'WITHSCORES'), {}, 0
+  for i = 1, #scored, 2 do
+    local stored = redis.call('HGET', group_key(sequence_of(scored[i])), 'weight')
+    local left = (tonumber(scored[i + 1]) - line.old_time) * weight_of(stored, line.old_reference)
+    local weight = weight_of(stored, line.reference)
+    moved[i], moved[i + 1] = number(line.time + left / weight), scored[i]
+    total = total + weight
   end
-  return #members == BATCH
+  if #scored > 0 then
+    redis.call('ZREMRANGEBYRANK', key('weighted_old'), 0, #scored / 2 - 1)
+    redis.call('ZADD', key('weighted'), unpack(moved))
+    add_total(total)
+  end
+  return #scored == 2 * BATCH
 end
 
 local function start_over_if_worn()
