@@ -74,14 +74,19 @@ def score(drawn: Drawn, wanted: frozenset[Column]) -> Scores:
     with torch.no_grad():
         if Column.ENTROPY in wanted:
             columns[Column.ENTROPY] = torch.special.entr((scaled - logsumexp[:, None]).exp()).sum(-1)
-        if Column.SUM_SQUARED_PROBS in wanted:
-            columns[Column.SUM_SQUARED_PROBS] = ((2 * scaled).logsumexp(-1) - 2 * logsumexp).exp()
+        if Column.OTHER_SQUARED_PROBS in wanted:
+            columns[Column.OTHER_SQUARED_PROBS] = other_squared_probs(scaled - logsumexp[:, None], drawn.token_ids)
     return Scores(logprobs=logprobs, columns=columns)
 
 
 def unit_logprobs(drawn: Drawn) -> Tensor:
     """Return log pi [n] of the drawn tokens at temperature 1 over the whole vocabulary."""
     return _chosen(drawn.logits, drawn.token_ids) - drawn.logits.logsumexp(-1)
+
+
+def other_squared_probs(logprobs: Tensor, token_ids: Tensor) -> Tensor:
+    """Return the sum [n] of pi^2 over all tokens but the drawn one, from log pi [n, V], with nothing to cancel."""
+    return (2 * logprobs).exp().scatter(-1, token_ids[:, None], 0.0).sum(-1)
 
 
 def first_logits(drawn: Drawn) -> Tensor:

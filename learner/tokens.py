@@ -31,7 +31,7 @@ class Column(StrEnum):
     REFERENCE_FIRST_LOGIT = "reference_first_logit"
     PROXIMAL_LOGPROBS = "proximal_logprobs"
     ENTROPY = "entropy"
-    SUM_SQUARED_PROBS = "sum_squared_probs"
+    OTHER_SQUARED_PROBS = "other_squared_probs"
 
 
 PER_TRAJECTORY = frozenset({Column.FIRST_LOGIT, Column.REFERENCE_FIRST_LOGIT})
@@ -53,7 +53,7 @@ class Tokens:
     group: Tensor
     """[B] int64 in [0, G), G <= B: trajectories of one prompt. Groups arrive whole."""
     episode: Tensor
-    """[B] int64: trajectories of one episode share a number; they count once in the baseline."""
+    """[B] int64 in [0, B): trajectories of one episode share a number; they count once in the baseline."""
     age_updates: Tensor
     """[B, T] int64: learner clock - version of the token's span; -1 where the token is foreign or masked."""
     token_rewards: Tensor | None = None
@@ -61,7 +61,7 @@ class Tokens:
     columns: dict[Column, Tensor] = field(default_factory=dict)
     """unit_logprobs [B, T]: log pi_theta at temperature 1. reference_logprobs [B, T]: the reference, temperature 1.
     first_logit [B]: raw logit of the first trained token; reference_first_logit [B]: the reference's.
-    proximal_logprobs, entropy, sum_squared_probs: [B, T]."""
+    proximal_logprobs, entropy: [B, T]. other_squared_probs [B, T]: sum of pi^2 over all tokens but the drawn one."""
 
     def __post_init__(self) -> None:
         shape = self.logprobs.shape

@@ -180,7 +180,8 @@ def _scored(entry: TrajectoryEntry) -> tuple[Tensor, dict[Column, Tensor]]:
     computed[Column.UNIT_LOGPROBS] = _chosen(raw.log_softmax(-1), ids)
     computed[Column.FIRST_LOGIT] = _chosen(raw, ids)[first : first + 1]
     computed[Column.ENTROPY] = torch.special.entr(logprobs.exp()).sum(-1)
-    computed[Column.SUM_SQUARED_PROBS] = (2 * logprobs).exp().sum(-1)
+    squares = (2 * logprobs).exp().scatter(-1, ids[:, None], 0.0)
+    computed[Column.OTHER_SQUARED_PROBS] = squares.sum(-1)
     return _chosen(logprobs, ids), computed | given
 
 

@@ -64,7 +64,12 @@ class PolicyGradient:
     """Gates that the surrogate's own shape implies: reported, not applied a second time."""
     coefficient: float = 1.0
     name: str = "policy"
-    columns: frozenset[Column] = frozenset()
+    reads: frozenset[Column] = frozenset()
+    """Columns of the surrogate and of the gates."""
+
+    @property
+    def columns(self) -> frozenset[Column]:
+        return self.reads | self.advantage.columns
 
     def __call__(self, tokens: Tokens, multipliers: Multipliers) -> TermValue:
         with torch.no_grad():
@@ -98,11 +103,14 @@ class Constraint:
     piece: TokenPiece
     aggregate: Reduction
     dual: DualAscent
-    columns: frozenset[Column] = frozenset()
 
     @property
     def name(self) -> str:
         return self.dual.name
+
+    @property
+    def columns(self) -> frozenset[Column]:
+        return self.dual.advantage.columns
 
     def __call__(self, tokens: Tokens, multipliers: Multipliers) -> TermValue:
         loss = multipliers[self.dual.name] * self.aggregate(tokens, self.piece(tokens))

@@ -8,6 +8,19 @@ from torch import Tensor
 
 from learner.tokens import Column, Tokens
 
+
+@dataclass(frozen=True, slots=True)
+class Advantage:
+    """How much better a trajectory or a token did than its siblings, and the columns that this is read from."""
+
+    compute: Callable[[Tokens], Tensor]
+    """-> [B, 1] or [B, T], no gradient."""
+    columns: frozenset[Column] = frozenset()
+
+    def __call__(self, tokens: Tokens) -> Tensor:
+        return self.compute(tokens)
+
+
 Multipliers = Mapping[str, float]
 """What learns by dual ascent, by name. The learner owns and checkpoints it."""
 
@@ -16,9 +29,6 @@ TokenPiece = Callable[[Tokens], Tensor]
 
 SequencePiece = Callable[[Tokens], Tensor]
 """-> [B]: a residual."""
-
-Advantage = Callable[[Tokens], Tensor]
-"""-> [B, 1] or [B, T], no gradient."""
 
 Surrogate = Callable[[Tokens, Tensor], Tensor]
 """(tokens, advantage) -> [B, T], to be maximised; its gradient reaches `tokens`."""

@@ -23,7 +23,7 @@ ALL_COLUMNS = frozenset(
         Column.UNIT_LOGPROBS,
         Column.FIRST_LOGIT,
         Column.ENTROPY,
-        Column.SUM_SQUARED_PROBS,
+        Column.OTHER_SQUARED_PROBS,
         Column.PROXIMAL_LOGPROBS,
     }
 )
@@ -76,7 +76,8 @@ def test_every_score_equals_a_plain_forward_under_the_stored_sampling_settings(m
             probabilities = expected.exp()
             entropy = -(probabilities[probabilities > 0] * expected[probabilities > 0]).sum().item()
             assert seen[Column.ENTROPY] == pytest.approx(entropy, abs=1e-5)
-            assert seen[Column.SUM_SQUARED_PROBS] == pytest.approx(probabilities.square().sum().item(), abs=1e-5)
+            others = probabilities.square().sum() - probabilities[chosen].square()
+            assert seen[Column.OTHER_SQUARED_PROBS] == pytest.approx(others.item(), abs=1e-5)
 
 
 def test_nothing_is_computed_that_was_not_asked_for(model_dir: Path) -> None:

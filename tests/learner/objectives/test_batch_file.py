@@ -118,7 +118,7 @@ def test_temperature_applies_to_ratios_and_not_to_the_unit_column(tmp_path: Path
 
     assert tokens.logprobs.item() == pytest.approx(math.log(2 / 3), abs=1e-6)
     assert tokens.columns[Column.UNIT_LOGPROBS].item() == pytest.approx(math.log(4 / 5), abs=1e-6)
-    assert tokens.columns[Column.SUM_SQUARED_PROBS].item() == pytest.approx(5 / 9, abs=1e-6)
+    assert tokens.columns[Column.OTHER_SQUARED_PROBS].item() == pytest.approx(1 / 9, abs=1e-6)
     entropy = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3))
     assert tokens.columns[Column.ENTROPY].item() == pytest.approx(entropy, abs=1e-6)
 

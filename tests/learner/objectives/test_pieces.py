@@ -273,7 +273,7 @@ def test_an_episode_counts_once_in_the_baseline() -> None:
 
 
 def test_a_group_of_one_episode_has_no_baseline_however_many_trajectories_it_has() -> None:
-    tokens = rewards([0.5, 0.5], group=[0, 0], episode=[3, 3])
+    tokens = rewards([0.5, 0.5], group=[0, 0], episode=[1, 1])
 
     for advantage in (group_mean, leave_one_out, standardised(lost_degrees=1, epsilon=1e-6)):
         assert flat(advantage(tokens)) == [0.5, 0.5]
