@@ -32,9 +32,10 @@ class TorchEngine:
     """`actor.engine.Engine` on a model directory's config and tokenizer; its weights, if any, are not read.
 
     `seed` must differ from actor to actor, or all of them draw the same responses. Weights are held in float32.
+    With `ship_distributions` a completion brings the distribution of each token.
     """
 
-    def __init__(self, model_dir: Path, *, seed: int) -> None:
+    def __init__(self, model_dir: Path, *, seed: int, ship_distributions: bool = False) -> None:
         """Build the model. Raises InvalidSettings when the directory is none, or its tokenizer has no end token."""
         torch.set_num_threads(1)  # two threads in each of several processes are 10-40 times slower
         if not (model_dir / "config.json").is_file():
@@ -49,6 +50,7 @@ class TorchEngine:
         self._max_tokens: int = config.max_position_embeddings
         self._weights = _weights_by_names(self._model)
         self._generator = torch.Generator().manual_seed(seed)
+        self._ship_distributions = ship_distributions
         self._turns = Turns()
         self._version: PolicyVersion = -1
 
@@ -65,7 +67,12 @@ class TorchEngine:
             return []
         for request in requests:
             self._check(request)
-        decoding = Decoding(requests, eos_id=self._eos_id, vocab_size=self._vocab_size)
+        decoding = Decoding(
+            requests,
+            eos_id=self._eos_id,
+            vocab_size=self._vocab_size,
+            ship_distributions=self._ship_distributions,
+        )
         while decoding.num_unfinished:
             with self._turns.take(), torch.inference_mode():
                 self._step(decoding)

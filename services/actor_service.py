@@ -44,7 +44,7 @@ def run_actor(config: "RunConfig", *, actor_id: str | None = None, engine: str |
 
     Raises InvalidSettings, SpoolInUse, RunMismatch, ServiceUnreachable, and what ends the loop.
     """
-    make_engine = _engine_maker(engine or config.actor.engine)
+    make_engine = _engine_maker(engine or config.actor.engine, config.actor)
     fingerprint = model_fingerprint(config.run.model)
     _check_run(config, fingerprint)
     task = make_task(config.actor.task, AutoTokenizer.from_pretrained(config.run.model, local_files_only=True))
@@ -121,7 +121,7 @@ class _Process:
 def _torch_engine(settings: ActorSettings, model_dir: Path, seed: int) -> Engine:
     from actor.torch_engine import TorchEngine
 
-    return TorchEngine(model_dir, seed=seed)
+    return TorchEngine(model_dir, seed=seed, ship_distributions=settings.ship_distributions)
 
 
 def _vllm_engine(settings: ActorSettings, model_dir: Path, seed: int) -> Engine:
@@ -134,9 +134,14 @@ _ENGINES: dict[str, Callable[[ActorSettings, Path, int], Engine]] = {"torch": _t
 """Each imports its framework only when it is chosen."""
 
 
-def _engine_maker(name: str) -> Callable[[ActorSettings, Path, int], Engine]:
+def _engine_maker(name: str, settings: ActorSettings) -> Callable[[ActorSettings, Path, int], Engine]:
     if name not in _ENGINES:
         raise InvalidSettings(f"engine {name!r} is unknown", hint=f"choose one of {', '.join(_ENGINES)}")
+    if settings.ship_distributions and name != "torch":
+        raise InvalidSettings(
+            f"actor.ship_distributions is set, but engine {name} reports the log-probs of a few ids alone",
+            hint="use actor.engine = torch, or leave the setting out: trust regions then use sampled stand-ins",
+        )
     return _ENGINES[name]
 
 

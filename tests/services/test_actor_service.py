@@ -141,6 +141,9 @@ def test_an_unknown_engine_an_odd_id_and_an_absent_service_are_one_sentence_each
 
     with pytest.raises(InvalidSettings, match="engine 'jax' is unknown"):
         run_actor(config, engine="jax")
+    shipping = load_config(None, overrides=settings(tmp_path, url, model_dir, "actor.ship_distributions=true"))
+    with pytest.raises(InvalidSettings, match="engine vllm reports the log-probs of a few ids alone"):
+        run_actor(shipping, engine="vllm")
     with pytest.raises(ServiceUnreachable, match="no answer from"):
         run_actor(config)
     with serving(make_context(tmp_path / "service")) as url:
