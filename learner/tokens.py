@@ -32,10 +32,16 @@ class Column(StrEnum):
     PROXIMAL_LOGPROBS = "proximal_logprobs"
     ENTROPY = "entropy"
     OTHER_SQUARED_PROBS = "other_squared_probs"
+    EXACT_KL = "exact_kl"
+    EXACT_TV = "exact_tv"
+    KL_LOWER_BOUND = "kl_lower_bound"
 
 
 PER_TRAJECTORY = frozenset({Column.FIRST_LOGIT, Column.REFERENCE_FIRST_LOGIT})
 """Columns [B]; the others are [B, T]."""
+
+DIVERGENCES = frozenset({Column.EXACT_KL, Column.EXACT_TV, Column.KL_LOWER_BOUND})
+"""Columns that need the distributions that the tokens were drawn from (actor.ship_distributions)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +67,9 @@ class Tokens:
     columns: dict[Column, Tensor] = field(default_factory=dict)
     """unit_logprobs [B, T]: log pi_theta at temperature 1. reference_logprobs [B, T]: the reference, temperature 1.
     first_logit [B]: raw logit of the first trained token; reference_first_logit [B]: the reference's.
-    proximal_logprobs, entropy: [B, T]. other_squared_probs [B, T]: sum of pi^2 over all tokens but the drawn one."""
+    proximal_logprobs, entropy: [B, T]. other_squared_probs [B, T]: sum of pi^2 over all tokens but the drawn one.
+    exact_kl, exact_tv [B, T]: KL(behavior || policy) in nats and total variation over the whole vocabulary, under the
+    sampling settings. kl_lower_bound [B, T]: what the shipped ids prove of that KL."""
 
     def __post_init__(self) -> None:
         shape = self.logprobs.shape
@@ -99,7 +107,7 @@ def cleaned(tokens: Tokens, columns: Collection[Column]) -> Tokens:
     if missing := sorted(set(columns) - set(tokens.columns)):
         raise MissingColumns(
             f"this objective needs the columns {', '.join(missing)}, which the batch does not have",
-            hint="ask the forward pass, or give them in the batch file",
+            hint="ask the forward pass, or give them in the batch file; divergences need shipped distributions",
         )
     trained_rows = tokens.mask.any(-1)
     fields = {

@@ -109,6 +109,7 @@ def run_learner(config: RunConfig, *, resume: bool) -> None:
                 max_age_updates=config.table.max_age_updates,
                 vocab_size=trainer.policy.vocab_size,
                 max_positions=trainer.policy.max_positions,
+                columns=objective.columns,
             ),
             publisher=publisher,
             checkpoints=checkpoints,
