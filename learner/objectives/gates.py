@@ -6,10 +6,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from learner.objectives.aggregation import maximum_by_sequence, mean_by_sequence
+from learner.objectives.aggregation import maximum_by_sequence, mean_by_sequence, sum_by_sequence
 from learner.objectives.objective import Gate, TokenPiece
-from learner.objectives.ratios import k2, k3, log_ratio
-from learner.tokens import Tokens
+from learner.objectives.ratios import column, deviation, k2, k3, log_ratio
+from learner.tokens import Column, Tokens
 
 
 def sequence_maximum(statistic: TokenPiece, *, threshold: float) -> Gate:
@@ -30,13 +30,41 @@ def sequence_mean(statistic: TokenPiece, *, threshold: float) -> Gate:
     return gate
 
 
-def trust_region(*, max_k2: float, mean_k3: float) -> Mapping[str, Gate]:
-    """arXiv 2512.23075 on sample stand-ins: one gate for each threshold that is not inf."""
+def trust_region(
+    *,
+    max_k2: float = math.inf,
+    mean_k3: float = math.inf,
+    max_kl: float = math.inf,
+    mean_kl: float = math.inf,
+    kl: Column = Column.EXACT_KL,
+) -> Mapping[str, Gate]:
+    """arXiv 2512.23075: one gate for each threshold that is not inf.
+
+    k2 and k3 are sample stand-ins, and their gates are named estimates; max_kl and mean_kl read the column `kl`.
+    """
+    proven = "_lower_bound" if kl is Column.KL_LOWER_BOUND else ""
     gates = {
-        "trust_region_max": (max_k2, sequence_maximum(k2, threshold=max_k2)),
-        "trust_region_mean": (mean_k3, sequence_mean(k3, threshold=mean_k3)),
+        "trust_region_max_estimate": (max_k2, sequence_maximum(k2, threshold=max_k2)),
+        "trust_region_mean_estimate": (mean_k3, sequence_mean(k3, threshold=mean_k3)),
+        f"trust_region_max{proven}": (max_kl, sequence_maximum(column(kl), threshold=max_kl)),
+        f"trust_region_mean{proven}": (mean_kl, sequence_mean(column(kl), threshold=mean_kl)),
     }
     return {name: gate for name, (threshold, gate) in gates.items() if math.isfinite(threshold)}
+
+
+def length_neutral(*, epsilon: float, delta: float, threshold: float) -> Gate:
+    """Keep whole sequences with sum_t w_t |rho_t - 1| <= threshold * sum_t w_t, t = 1..T the trained tokens.
+
+    w_t = min(1, (T - t) epsilon, sqrt((T - t) delta / 2)): what a token can do to the tokens after it, so that the last
+    one is free and one threshold serves all lengths (arXiv 2512.23075).
+    """
+
+    def gate(tokens: Tokens, advantage: Tensor) -> Tensor:
+        later = tokens.lengths[:, None] - tokens.mask.cumsum(-1)  # T - t
+        weight = torch.minimum(later * epsilon, (later * (delta / 2)).sqrt()).clamp(max=1.0)
+        return sum_by_sequence(tokens, weight * deviation(tokens)) <= threshold * sum_by_sequence(tokens, weight)
+
+    return gate
 
 
 def inside_clip(ratio: TokenPiece, *, low: float, high: float) -> Gate:

@@ -82,6 +82,16 @@ def truncated(ratio: TokenPiece, *, cap: float) -> TokenPiece:
     return lambda tokens: ratio(tokens).detach().clamp(max=cap)
 
 
+def deviation(tokens: Tokens) -> Tensor:
+    """|rho - 1|: half of it is unbiased for the total variation of behavior and pi."""
+    return log_ratio(tokens).expm1().abs()
+
+
+def column(name: Column) -> TokenPiece:
+    """A column [B, T] as it is."""
+    return lambda tokens: tokens.columns[name]
+
+
 def k1(tokens: Tokens) -> Tensor:
     """-log rho: unbiased for KL(behavior || pi), of either sign."""
     return -log_ratio(tokens)
