@@ -113,8 +113,16 @@ class Constraint:
         return self.dual.advantage.columns
 
     def __call__(self, tokens: Tokens, multipliers: Multipliers) -> TermValue:
-        loss = multipliers[self.dual.name] * self.aggregate(tokens, self.piece(tokens))
-        return TermValue(loss=loss, watched={f"{self.name}_saturated": self.dual.saturated(multipliers)})
+        values = self.piece(tokens)
+        fresh = self.dual.fresh(tokens)
+        return TermValue(
+            loss=multipliers[self.dual.name] * self.aggregate(tokens, values),
+            watched={
+                f"{self.name}_fresh": _mean_where(fresh, values.detach()),
+                f"{self.name}_stale": _mean_where(tokens.mask & ~fresh, values.detach()),
+                f"{self.name}_saturated": self.dual.saturated(multipliers),
+            },
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,3 +176,8 @@ class Composition:
 
     def next_multipliers(self, tokens: Tokens, multipliers: Multipliers) -> dict[str, float]:
         return self.dual.advanced(cleaned(tokens, self.columns), multipliers) if self.dual else {}
+
+
+def _mean_where(chosen: Tensor, values: Tensor) -> Tensor:
+    """[]: nan where nothing is chosen."""
+    return torch.where(chosen, values, 0.0).sum() / chosen.sum()

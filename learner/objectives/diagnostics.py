@@ -1,5 +1,6 @@
 """What one step did to data of each age: numbers for the metrics, no gradient, one transfer to the host."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -24,7 +25,7 @@ def diagnose(tokens: Tokens, loss: Loss) -> dict[str, float]:
     `ratio/mean`, `ratio/age_4_15_mean`: over all trained tokens, and over one bucket; so too variance and max,
     `k1..k3/nats_mean`, `effective_samples/share` and `gate/NAME_closed_share`. `age/age_4_15_tokens_share`;
     `gate/NAME_sequences_kept_share`; `trust_region/STATISTIC_nats_p70`: the threshold that would keep 70 % of the
-    sequences; `watched/NAME_mean` and `_absolute_mean` of what the loss watches.
+    sequences; `watched/NAME_mean` and `_absolute_mean` of what the loss watches, left out where that is nan.
     """
     tokens = cleaned(tokens, ())
     metrics: dict[str, Tensor] = {}
@@ -35,8 +36,9 @@ def diagnose(tokens: Tokens, loss: Loss) -> dict[str, float]:
         metrics[f"gate/{name}_sequences_kept_share"] = (gate & tokens.mask).any(-1).float().mean()
     metrics |= acceptance_curve(tokens)
     names, values = zip(*metrics.items(), strict=True)
-    numbers = dict(zip(names, torch.stack([value.double().cpu() for value in values]).tolist(), strict=True))
-    return numbers | _by_age(tokens, loss.gates)
+    numbers = zip(names, torch.stack([value.double().cpu() for value in values]).tolist(), strict=True)
+    known = {name: number for name, number in numbers if not math.isnan(number)}
+    return known | _by_age(tokens, loss.gates)
 
 
 @torch.no_grad()

@@ -52,7 +52,7 @@ class Loss:
     """Gate name -> [B, T] bool, True = keeps its gradient. Detached; metrics report the closed share per gate.
     A hard clip is listed too: it closes tokens by the shape of its surrogate."""
     watched: Mapping[str, Tensor] = field(default_factory=dict)
-    """Detached quantities that metrics report the mean of, such as the Bellman residual [B]."""
+    """Detached quantities that metrics report the mean of, such as the Bellman residual [B]; nan = none this time."""
 
 
 class Objective(Protocol):

@@ -89,6 +89,7 @@ def _refuse_truth_values(value: object) -> object:
 Number = Annotated[float, BeforeValidator(_refuse_truth_values)]
 NonNegative = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
+Updates = Annotated[int, BeforeValidator(_refuse_truth_values), Field(ge=0)]
 ClipLow = Annotated[Number, Field(ge=0, le=1)]
 """1 = a floor of 0, which no ratio reaches: off."""
 ClipHigh = Annotated[Number, Field(gt=0)]

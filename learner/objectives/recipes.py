@@ -15,14 +15,12 @@ from learner.objectives.aggregation import (
 from learner.objectives.baselines import BASELINES
 from learner.objectives.bellman import REVAL_COLUMNS, reval_residual
 from learner.objectives.clipped import clipped_policy
-from learner.objectives.composition import Constraint, PolicyGradient, SquaredResidual
+from learner.objectives.composition import PolicyGradient, SquaredResidual
 from learner.objectives.gates import trust_region
-from learner.objectives.multipliers import DualAscent
 from learner.objectives.objective import Objective
 from learner.objectives.off_policy_baselines import OFF_POLICY_BASELINES
-from learner.objectives.penalties import ratio_variance
+from learner.objectives.r2vpo import R2vpo, R2vpoFresh
 from learner.objectives.ratios import (
-    bounded_ratio,
     capped_prefix_ratio,
     prefix_ratio,
     soft_clip,
@@ -33,10 +31,8 @@ from learner.objectives.recipe import (
     CentringName,
     ClipHigh,
     ClipLow,
-    NonNegative,
     Positive,
     Recipe,
-    Share,
     Threshold,
 )
 from learner.objectives.stalewise import Stalewise
@@ -150,61 +146,6 @@ class Trm(Recipe):
         )
 
 
-class R2vpo(Recipe):
-    """No clip: the variance of the ratio is a constraint, and its multiplier is learnt."""
-
-    name: ClassVar = "r2vpo"
-    paper: ClassVar = "arXiv 2601.03320, 2605.26784"
-    sentence: ClassVar = (
-        "1/N sum [-rho A + lambda (rho - 1)^2]; lambda <- clip(lambda + dual_step (V - target), 0, lambda_max)"
-    )
-    use: ClassVar = "Moderately old data whose surprising good tokens should keep their gradient."
-    denominator: ClassVar = "all tokens"
-
-    target_variance: Positive = 0.04
-    """Of the ratio: about twice the KL radius, in nats (derived: the paper's is unknown)."""
-    lambda_start: NonNegative = 0.04
-    """Where the one public implementation fixes the multiplier."""
-    lambda_max: NonNegative = 0.1
-    """At 1 a few tokens owned the gradient of a small model; raise it when the multiplier is shown as saturated."""
-    dual_step: NonNegative = 0.02
-    """Change of the multiplier per unit of excess variance (derived). 0 = a fixed multiplier."""
-    dual_decay: Share = 0.0
-    """Of the average of V that drives the multiplier; 0 = the batch alone."""
-    max_log_ratio: Positive = 5.0
-    """Bound on |log rho|, in nats: the penalty's gradient grows like rho^2 (derived)."""
-    advantage: AdvantageName = AdvantageName.STANDARDISED
-    """Critic-free and group-normalised (derived from its baselines)."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.lambda_start > self.lambda_max:
-            raise ValueError(f"lambda_start={self.lambda_start} is above lambda_max={self.lambda_max}")
-        return self
-
-    def objective(self) -> Objective:
-        variance = ratio_variance(max_log_ratio=self.max_log_ratio)
-        dual = DualAscent(
-            name="variance",
-            statistic=variance,
-            advantage=self.advantage.piece,
-            target=self.target_variance,
-            step=self.dual_step,
-            start=self.lambda_start,
-            maximum=self.lambda_max,
-            decay=self.dual_decay,
-        )
-        return self.composed(
-            PolicyGradient(
-                surrogate=importance(bounded_ratio(max_log_ratio=self.max_log_ratio)),
-                advantage=self.advantage.piece,
-                aggregate=mean_over_tokens,
-            ),
-            Constraint(piece=variance, aggregate=mean_over_tokens, dual=dual),
-            dual=dual,
-        )
-
-
 class ReVal(Recipe):
     """Logits are Q-values: the squared trajectory-level Bellman residual, with no ratio and no clip."""
 
@@ -232,7 +173,7 @@ class ReVal(Recipe):
         )
 
 
-STALE_DATA_RECIPES: tuple[type[Recipe], ...] = (Stalewise, MinPro, MinProCapped, MinProHard, Trm, R2vpo, ReVal)
+STALE_DATA_RECIPES: tuple[type[Recipe], ...] = (Stalewise, MinPro, MinProCapped, MinProHard, Trm, R2vpo, R2vpoFresh, ReVal)
 
 RECIPES: dict[str, type[Recipe]] = {
     recipe.name: recipe for recipe in (*STALE_DATA_RECIPES, *OFF_POLICY_BASELINES, *BASELINES)

@@ -232,6 +232,7 @@ LOOPS: dict[str, Callable[[Sequence[Row]], Result]] = {
     "minpro_hard": minpro_hard,
     "trm": trm,
     "r2vpo": r2vpo,
+    "r2vpo_fresh": r2vpo,
     "reval": reval,
     "stalewise": stalewise,
 }
