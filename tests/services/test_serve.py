@@ -17,7 +17,7 @@ from buffer.codec import encode_group
 from buffer.weights.directory_store import DirectoryWeightStore
 from services.address import read_address
 from tests.factories import RUN_ID, make_group, make_manifest
-from tests.services.live import NO_RETRY, PublishingTable, ServeProcess, stalewise
+from tests.services.live import NO_RETRY, PublishingTable, ServeProcess, redis_pid, stalewise
 
 
 @pytest.fixture
@@ -95,18 +95,6 @@ def test_death_of_its_redis_ends_the_service_with_a_sentence(serve: ServeProcess
     assert (refused.status_code, refused.json()["error"]) == (503, "store_unavailable")
     assert exit_code == 3
     assert "stalewise: our own Redis has died" in serve.log_path.read_text()
-
-
-def redis_pid(directory: Path) -> int:
-    """Return the Redis whose working directory this is."""
-    wanted = os.fspath((directory / "redis").resolve())
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdecimal() and os.readlink(entry / "cwd") == wanted:
-                return int(entry.name)
-        except OSError:
-            continue  # it ended, or it is not ours
-    raise AssertionError(f"no process works in {wanted}")
 
 
 def test_second_service_of_a_run_is_refused_while_the_first_one_lives(serve: ServeProcess) -> None:
