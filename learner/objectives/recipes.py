@@ -1,22 +1,19 @@
 """The methods for old data, each a sentence of pieces, and the registry of all recipes."""
 
-import math
 from collections.abc import Mapping
-from typing import ClassVar, Self
+from typing import ClassVar
 
-from pydantic import ValidationError, model_validator
+from pydantic import ValidationError
 
 from buffer.errors import InvalidSettings
 from learner.objectives.aggregation import (
     mean_over_sequences,
-    mean_over_sequences_of_sums,
     mean_over_tokens,
 )
 from learner.objectives.baselines import BASELINES
 from learner.objectives.bellman import REVAL_COLUMNS, reval_residual
 from learner.objectives.clipped import clipped_policy
 from learner.objectives.composition import PolicyGradient, SquaredResidual
-from learner.objectives.gates import trust_region
 from learner.objectives.objective import Objective
 from learner.objectives.off_policy_baselines import OFF_POLICY_BASELINES
 from learner.objectives.r2vpo import R2vpo, R2vpoFresh
@@ -24,7 +21,6 @@ from learner.objectives.ratios import (
     capped_prefix_ratio,
     prefix_ratio,
     soft_clip,
-    token_ratio,
 )
 from learner.objectives.recipe import (
     AdvantageName,
@@ -33,10 +29,10 @@ from learner.objectives.recipe import (
     ClipLow,
     Positive,
     Recipe,
-    Threshold,
 )
 from learner.objectives.stalewise import Stalewise
-from learner.objectives.surrogates import importance, score
+from learner.objectives.surrogates import score
+from learner.objectives.trust_region import TRUST_REGION_RECIPES
 
 
 class MinPro(Recipe):
@@ -113,39 +109,6 @@ class MinProHard(Recipe):
         )
 
 
-class Trm(Recipe):
-    """Trust Region Masking: a sequence leaves as a whole when one token, or their mean, left the trust region."""
-
-    name: ClassVar = "trm"
-    paper: ClassVar = "arXiv 2512.23075"
-    sentence: ClassVar = "-1/B sum_i [max_t k2 <= max_k2 and mean_t k3 <= mean_k3] sum_t rho A"
-    use: ClassVar = "Small steps away from the sampler, long responses; set thresholds from the acceptance curve."
-    denominator: ClassVar = "all sequences"
-
-    max_k2: Threshold = 0.05
-    """Largest (log rho)^2 / 2 of a kept sequence, in nats: the paper's TRM-Max threshold, on its sample stand-in."""
-    mean_k3: Threshold = math.inf
-    """Largest mean of rho - 1 - log rho of a kept sequence, in nats; the paper's TRM-Avg has 0.001. inf = off."""
-    advantage: AdvantageName = AdvantageName.STANDARDISED
-    """As in GRPO, which the paper builds on."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.max_k2 == self.mean_k3 == math.inf:
-            raise ValueError("max_k2 and mean_k3 are both off: set one of them")
-        return self
-
-    def objective(self) -> Objective:
-        return self.composed(
-            PolicyGradient(
-                surrogate=importance(token_ratio),
-                advantage=self.advantage.piece,
-                aggregate=mean_over_sequences_of_sums,
-                gates=trust_region(max_k2=self.max_k2, mean_k3=self.mean_k3),
-            )
-        )
-
-
 class ReVal(Recipe):
     """Logits are Q-values: the squared trajectory-level Bellman residual, with no ratio and no clip."""
 
@@ -173,7 +136,16 @@ class ReVal(Recipe):
         )
 
 
-STALE_DATA_RECIPES: tuple[type[Recipe], ...] = (Stalewise, MinPro, MinProCapped, MinProHard, Trm, R2vpo, R2vpoFresh, ReVal)
+STALE_DATA_RECIPES: tuple[type[Recipe], ...] = (
+    Stalewise,
+    MinPro,
+    MinProCapped,
+    MinProHard,
+    *TRUST_REGION_RECIPES,
+    R2vpo,
+    R2vpoFresh,
+    ReVal,
+)
 
 RECIPES: dict[str, type[Recipe]] = {
     recipe.name: recipe for recipe in (*STALE_DATA_RECIPES, *OFF_POLICY_BASELINES, *BASELINES)
