@@ -22,6 +22,7 @@ from buffer.wire import LearnerReport
 from learner.admission import Admission
 from learner.checkpoint import Checkpoints
 from learner.loop import LearnerLoop, take_up
+from learner.objectives.acceptance import acceptance_sentence
 from learner.objectives.diagnostics import diagnose
 from learner.objectives.objective import Objective
 from learner.objectives.recipes import build_objective
@@ -60,6 +61,7 @@ class ServiceReporter:
                 metrics.get("age/updates_p50", math.nan),
                 metrics["time/sample_wait_s"],
             )
+            log.info("%s", acceptance_sentence(metrics))
         self._post(progress, None)
 
     def waiting(self, progress: Progress, wait: Wait) -> None:
