@@ -16,6 +16,9 @@ TOKEN_COLUMNS = frozenset(
         Column.PROXIMAL_LOGPROBS,
         Column.ENTROPY,
         Column.OTHER_SQUARED_PROBS,
+        Column.EXACT_KL,
+        Column.EXACT_TV,
+        Column.KL_LOWER_BOUND,
     }
 )
 
@@ -63,6 +66,19 @@ class Row:
     def other_squares(self) -> list[float]:
         """Sum of the squared probabilities of the tokens that were not drawn."""
         return [0.02 + 0.03 * (t % 3) for t in range(len(self.mask))]
+
+    @property
+    def exact_kl(self) -> list[float]:
+        """Not the sampled k2: it sees the tokens that were not drawn."""
+        return [0.01 * (t % 4) + 0.3 * min(abs(log), 5.0) for t, log in enumerate(self.log_ratios)]
+
+    @property
+    def exact_tv(self) -> list[float]:
+        return [min(math.sqrt(kl / 3), 1.0) for kl in self.exact_kl]
+
+    @property
+    def kl_lower_bound(self) -> list[float]:
+        return [0.6 * kl for kl in self.exact_kl]
 
     @property
     def trained(self) -> list[int]:
@@ -114,6 +130,9 @@ def tokens_of(
     def column(lists: list[list[float]]) -> Tensor:
         return padded(lists, 0.0).masked_fill(~mask, behind_mask).to(dtype)
 
+    def divergence(lists: list[list[float]]) -> Tensor:
+        return column([[0.0] * len(values) for values in lists] if on_policy else lists)
+
     behavior = column([row.behavior for row in rows])
     return Tokens(
         logprobs=(behavior.clone() if on_policy else column([row.logprobs for row in rows])).requires_grad_(),
@@ -129,6 +148,9 @@ def tokens_of(
             Column.PROXIMAL_LOGPROBS: behavior.clone() if on_policy else column([row.proximal for row in rows]),
             Column.ENTROPY: column([row.entropy for row in rows]),
             Column.OTHER_SQUARED_PROBS: column([row.other_squares for row in rows]),
+            Column.EXACT_KL: divergence([row.exact_kl for row in rows]),
+            Column.EXACT_TV: divergence([row.exact_tv for row in rows]),
+            Column.KL_LOWER_BOUND: divergence([row.kl_lower_bound for row in rows]),
             Column.FIRST_LOGIT: torch.tensor([row.first_logit for row in rows], dtype=dtype).requires_grad_(),
             Column.REFERENCE_FIRST_LOGIT: torch.tensor([row.reference_first_logit for row in rows], dtype=dtype),
         },
