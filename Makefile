@@ -6,7 +6,7 @@ export OMP_NUM_THREADS := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test lint format types imports check setup-vllm test-vllm
+.PHONY: setup demo test test-chaos test-fuzz lint format types imports check setup-vllm test-vllm
 
 setup: $(VENV)/.done
 
@@ -19,6 +19,14 @@ demo: setup
 
 test: setup
 	$(BIN)/pytest
+
+# 100 kills of each policy, about 12 minutes; another order of kills: ARGS=--chaos-seed=7
+test-chaos: setup
+	$(BIN)/pytest tests/chaos --chaos-kills=100 --timeout=0 -o log_cli=true -o log_cli_level=INFO --log-disable=httpx $(ARGS)
+
+# the fuzzers of `make test` with 60 times their executions, about an hour
+test-fuzz: setup
+	$(BIN)/pytest tests/fuzz --fuzz-scale=60 --timeout=0 $(ARGS)
 
 format: setup
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .

@@ -25,7 +25,7 @@ from tests.factories import PAYLOAD, make_group, make_manifest, make_trajectory
 GROUPS_PER_DRAW = 4
 DRAWS_PER_VERSION = 5
 _PAUSE_S = 0.03
-"""Between two requests of a client, so that 100 kills do not fill the disk."""
+"""Between an answer and its note: where a kill of a client, or of what it waits for, is most telling."""
 _PATIENCE = ClientSettings(retry_budget_s=1.0, retry_first_s=0.02, retry_max_s=0.2)
 
 R = TypeVar("R")
@@ -84,6 +84,7 @@ def insert_next(service: Service, journal: Journal, name: str) -> None:
     sent_s = time.monotonic()
     results = service.call(lambda client: HttpTable(client).insert(groups))
     told_s = time.monotonic()
+    time.sleep(_PAUSE_S)
     journal.append(
         [{"group_id": r.group_id, "outcome": r.outcome.value, "sent_s": sent_s, "told_s": told_s} for r in results]
     )
@@ -99,6 +100,7 @@ def draw_next(service: Service, journal: Journal) -> None:
     )
     while not (samples := service.call(lambda client: HttpTable(client).sample(request, timeout_s=1.0))):
         pass
+    time.sleep(_PAUSE_S)
     journal.append([{"hashes": {sample.group.group_id: content_hash(sample.group) for sample in samples}}])
 
 
@@ -122,7 +124,6 @@ def main(kind: str, directory: str, name: str) -> None:
             insert_next(service, journal, name)
         else:
             draw_next(service, journal)
-        time.sleep(_PAUSE_S)
 
 
 if __name__ == "__main__":
