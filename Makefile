@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 
 setup: $(VENV)/.done
 
-# mkdir is the lock: two makes in one clone must not both build the environment
+# scripts/setup holds a lock: two makes in one clone must not both build the environment
 $(VENV)/.done: pyproject.toml constraints.txt scripts/setup
 	scripts/setup $(PYTHON) $(VENV)
 
