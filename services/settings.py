@@ -17,8 +17,8 @@ from pydantic import BaseModel, Field, JsonValue, ValidationError
 
 from actor.settings import ActorSettings
 from buffer.connection import ClientSettings, ServiceClient
-from buffer.errors import InvalidSettings
-from buffer.rate_limiter import RateLimiterSettings
+from buffer.errors import InvalidRequest, InvalidSettings
+from buffer.rate_limiter import RateLimiterSettings, check_draw, check_settings
 from buffer.redis_server import RedisSettings
 from buffer.settings import Settings
 from buffer.table import TableSettings
@@ -88,7 +88,10 @@ class RunConfig(Settings):
 def load_config(
     path: Path | None, *, overrides: Sequence[str] = (), environment: Mapping[str, str] | None = None
 ) -> RunConfig:
-    """Return the resolved settings. Raises InvalidSettings with one sentence that names the key."""
+    """Return the resolved settings.
+
+    Raises InvalidSettings with one sentence that names the key, or the keys that cannot go together.
+    """
     tree = _read_toml(path) if path else {}
     for name, text in sorted((environment or {}).items()):
         if name.startswith(PREFIX):
@@ -97,9 +100,11 @@ def load_config(
         _assign(tree, key.split("."), value, key)
     _refuse_unknown(tree, source=path)
     try:
-        return RunConfig.model_validate(tree)
+        config = RunConfig.model_validate(tree)
     except ValidationError as error:
         raise InvalidSettings(_fault(error)) from None
+    _check_pacing(config)
+    return config
 
 
 def parse_assignments(assignments: Sequence[str]) -> dict[str, JsonValue]:
@@ -127,6 +132,24 @@ def connect(config: RunConfig, *, stopping: threading.Event | None = None) -> Se
     url = service.url or read_address(config.run.directory) or f"http://{service.host}:{service.port}"
     token = service.token.get_secret_value() if service.token else None
     return ServiceClient(url, token=token, settings=config.client, stopping=stopping)
+
+
+def _check_pacing(config: RunConfig) -> None:
+    """Raise InvalidSettings when table, limiter and learner could block a run for ever together."""
+    check_settings(config.table, config.limiter)
+    learner = config.learner
+    selectors = {"selector": learner.selector}
+    if learner.replay_updates:
+        selectors["replay_selector"] = learner.replay_selector
+    for name, selector in selectors.items():
+        try:
+            check_draw(learner.groups_per_update, selector, config.limiter)
+        except InvalidRequest as error:
+            raise InvalidSettings(
+                f"learner.groups_per_update={learner.groups_per_update} by learner.{name} can never be served: "
+                f"{error.detail}",
+                hint=error.hint,
+            ) from None
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from services.replay_api import create_app
 from services.security import Guard
 from tests.factories import PAYLOAD, RUN_ID, make_manifest
 
-SERVICE, TABLE, LIMITER = ServiceSettings(), TableSettings(), RateLimiterSettings()
+SERVICE, TABLE, LIMITER = ServiceSettings(), TableSettings(), RateLimiterSettings(min_size=1)
 NO_RETRY = ClientSettings(retry_budget_s=0.0, read_timeout_s=20.0)
 
 

@@ -22,7 +22,7 @@ from tests.services.live import NO_RETRY, PublishingTable, ServeProcess, redis_p
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[ServeProcess]:
-    process = ServeProcess(tmp_path, "limiter.min_size=10")
+    process = ServeProcess(tmp_path)
     yield process
     process.stop()
 
