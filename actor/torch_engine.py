@@ -17,12 +17,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from actor.decoding import PAD, Decoding
 from actor.engine import Completion, GenerationRequest
 from actor.sampling import draw, sampling_logprobs
 from actor.tasks import eos_token_id
+from actor.tokenizer import load_tokenizer
 from actor.turns import Turns
 from buffer.errors import CorruptWeights, InvalidRequest, InvalidSettings
 from buffer.types import PolicyVersion
@@ -43,9 +44,12 @@ class TorchEngine:
                 f"{model_dir} is not a model directory: it has no config.json",
                 hint="give the path of a directory written by save_pretrained, or run `stalewise make-model`",
             )
-        config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+        try:
+            config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise InvalidSettings(f"{model_dir} does not hold a causal language model: {error}") from error
         self._model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
-        self._eos_id = eos_token_id(AutoTokenizer.from_pretrained(model_dir, local_files_only=True))
+        self._eos_id = eos_token_id(load_tokenizer(model_dir))
         self._vocab_size: int = self._model.get_input_embeddings().num_embeddings
         self._max_tokens: int = config.max_position_embeddings
         self._weights = _weights_by_names(self._model)

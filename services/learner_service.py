@@ -26,11 +26,12 @@ from learner.objectives.acceptance import acceptance_sentence
 from learner.objectives.diagnostics import diagnose
 from learner.objectives.objective import Objective
 from learner.objectives.recipes import build_objective
-from learner.policy import Policy, local_model_dir
+from learner.policy import Policy
 from learner.publisher import Publisher
 from learner.run_log import RunLog
 from learner.sampling import Prefetcher, selector_schedule
 from learner.step import Progress, Trainer
+from services.model_dir import local_model_dir
 from services.settings import RunConfig, connect, describe
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ def run_learner(config: RunConfig, *, resume: bool) -> None:
     transformers_logging.disable_progress_bar()
     log.info("settings\n%s", describe(config))
     objective = build_objective(config.learner.objective.name, config.learner.objective.options)
-    model_dir = local_model_dir(str(config.run.model))
+    model_dir = local_model_dir(config.run.model)
     fingerprint = model_fingerprint(model_dir)
     with ExitStack() as stack:
         stop = stack.enter_context(_stop_on_signals())

@@ -39,7 +39,8 @@ class RunSettings(Settings):
     runs_dir: Path = Path("runs")
     """Where the directories of runs are."""
     model: Path = Path("models/running-sums")
-    """Local model directory: config, tokenizer and, for the learner, the initial weights."""
+    """Local model directory (config, tokenizer and, for the learner, the initial weights), or the name of a model that
+    `hf download` has put into the local hub cache. Nothing is downloaded."""
     seed: int = 0
     """Seed of every random generator of the run."""
 

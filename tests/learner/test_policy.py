@@ -12,7 +12,7 @@ from buffer.types import Trajectory
 from learner.collate import collate
 from learner.errors import CorruptCheckpoint
 from learner.objectives.recipes import build_objective
-from learner.policy import Policy, local_model_dir
+from learner.policy import Policy
 from learner.step import Trainer
 from learner.tokens import Column
 from tests.factories import make_group
@@ -182,5 +182,3 @@ def test_a_directory_that_is_no_model_is_one_clear_sentence(tmp_path: Path) -> N
 
     with pytest.raises(InvalidSettings, match="does not hold a causal language model"):
         Policy.load(tmp_path, device="cpu", micro_batch_tokens=1)
-    with pytest.raises(InvalidSettings, match="neither a local model directory"):
-        local_model_dir("no/such/model/anywhere")

@@ -209,7 +209,7 @@ def test_service_and_learner_train_together_by_their_defaults(model_dir: Path, t
     [
         ("learner.objective.name=grpoo", InvalidSettings, "there is no objective 'grpoo'"),
         ("learner.device=abacus", InvalidSettings, "learner.device='abacus' cannot be used"),
-        ("run.model=/nowhere", InvalidSettings, "/nowhere is neither a local model directory"),
+        ("run.model=/nowhere", InvalidSettings, "/nowhere is neither a local model directory nor a model in the"),
         ("service.url=http://127.0.0.1:9", ServiceUnreachable, "no answer from http://127.0.0.1:9"),
     ],
 )
@@ -218,6 +218,21 @@ def test_a_setting_that_cannot_be_is_one_sentence(
 ) -> None:
     with serving(make_context(tmp_path / "service")) as url, pytest.raises(kind, match=f"^{sentence}"):
         run_learner(_config(tmp_path, url, model_dir, "client.retry_budget_s=0", setting), resume=False)
+
+
+def test_a_directory_without_a_model_is_one_sentence(tmp_path: Path) -> None:
+    config, model = _config(tmp_path, "http://127.0.0.1:9", tmp_path / "model"), tmp_path / "model"
+    model.mkdir()
+
+    with pytest.raises(InvalidSettings, match=r"is not a model directory: it has no config\.json"):
+        run_learner(config, resume=False)
+    (model / "config.json").write_text("{}")
+    with (
+        serving(make_context(tmp_path / "service")) as url,
+        pytest.raises(InvalidSettings, match="does not hold a causal language model: Unrecognized model") as caught,
+    ):
+        run_learner(_config(tmp_path, url, model), resume=False)
+    assert "\n" not in str(caught.value)
 
 
 def test_another_run_and_another_model_are_refused(model_dir: Path, tmp_path: Path) -> None:
