@@ -4,7 +4,7 @@ Legend: B trajectories, T response positions (longest of the batch), G groups. P
 False. What stands behind the mask may be anything, even nan: `cleaned` puts 0 there before any piece computes.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -71,7 +71,10 @@ class Tokens:
     exact_kl, exact_tv [B, T]: KL(behavior || policy) in nats and total variation over the whole vocabulary, under the
     sampling settings. kl_lower_bound [B, T]: what the shipped ids prove of that KL."""
 
+    _known: dict[Callable[["Tokens"], Tensor], Tensor] = field(init=False, repr=False, compare=False)
+
     def __post_init__(self) -> None:
+        object.__setattr__(self, "_known", {})  # a changed copy starts with nothing known
         shape = self.logprobs.shape
         assert len(shape) == 2, f"logprobs must be [B, T], got {tuple(shape)}"
         for name in ("behavior_logprobs", "mask", "age_updates"):
@@ -90,12 +93,19 @@ class Tokens:
     @property
     def num_tokens(self) -> Tensor:
         """[] the number of trained tokens N, gated or not."""
-        return self.mask.sum()
+        return self.mask.count_nonzero()
 
     @property
     def lengths(self) -> Tensor:
         """[B] trained tokens of each trajectory."""
         return self.mask.sum(-1)
+
+    def once(self, piece: Callable[["Tokens"], Tensor]) -> Tensor:
+        """Return piece(self), computed by whoever asks first, with its graph even if a gate without gradient asks."""
+        if piece not in self._known:
+            with torch.enable_grad():
+                self._known[piece] = piece(self)
+        return self._known[piece]
 
 
 def cleaned(tokens: Tokens, columns: Collection[Column]) -> Tokens:
@@ -122,7 +132,8 @@ def cleaned(tokens: Tokens, columns: Collection[Column]) -> Tokens:
         name: torch.where(tokens.mask if value.dim() == 2 else trained_rows, value.float(), 0.0)
         for name, value in fields.items()
     }
-    if not torch.stack([value.isfinite().all() for value in clean.values()]).all():  # one transfer for all of them
+    extremes = torch.stack([extreme for value in clean.values() for extreme in value.detach().aminmax()])
+    if not extremes.isfinite().all():  # nan reaches both extremes; one transfer for all of them
         raise _non_finite(clean)
     return replace(
         tokens,

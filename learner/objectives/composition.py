@@ -76,10 +76,10 @@ class PolicyGradient:
             advantage = self.advantage(tokens)
             gates = {name: gate(tokens, advantage).expand_as(tokens.mask) for name, gate in self.gates.items()}
             clips = {name: clip(tokens, advantage).expand_as(tokens.mask) for name, clip in self.clips.items()}
-        values = -self.surrogate(tokens, advantage)
+        values = self.surrogate(tokens, advantage)
         for is_open in gates.values():
             values = torch.where(is_open, values, 0.0)
-        return TermValue(loss=self.coefficient * self.aggregate(tokens, values), gates={**gates, **clips})
+        return TermValue(loss=-self.coefficient * self.aggregate(tokens, values), gates={**gates, **clips})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,4 +180,4 @@ class Composition:
 
 def _mean_where(chosen: Tensor, values: Tensor) -> Tensor:
     """[]: nan where nothing is chosen."""
-    return torch.where(chosen, values, 0.0).sum() / chosen.sum()
+    return torch.where(chosen, values, 0.0).sum() / chosen.count_nonzero()

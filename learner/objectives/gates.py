@@ -9,6 +9,7 @@ from torch import Tensor
 from learner.objectives.aggregation import maximum_by_sequence, mean_by_sequence, sum_by_sequence
 from learner.objectives.objective import Gate, TokenPiece
 from learner.objectives.ratios import column, deviation, k2, k3, log_ratio
+from learner.objectives.surrogates import pessimistic_bounds
 from learner.tokens import Column, Tokens
 
 
@@ -71,10 +72,9 @@ def inside_clip(ratio: TokenPiece, *, low: float, high: float) -> Gate:
     """Close tokens that already moved past the clip in the direction of their advantage."""
 
     def gate(tokens: Tokens, advantage: Tensor) -> Tensor:
-        values = ratio(tokens)
-        too_high = (advantage > 0) & (values > 1.0 + high)
-        too_low = (advantage < 0) & (values < 1.0 - low)
-        return ~(too_high | too_low)
+        values = tokens.once(ratio)
+        lowest, highest = pessimistic_bounds(advantage, low=low, high=high)
+        return (values >= lowest) & (values <= highest)
 
     return gate
 
@@ -83,7 +83,7 @@ def inside_band(ratio: TokenPiece, *, low: float, high: float) -> Gate:
     """Close tokens whose ratio lies outside [low, high], whatever their advantage."""
 
     def gate(tokens: Tokens, advantage: Tensor) -> Tensor:
-        values = ratio(tokens)
+        values = tokens.once(ratio)
         return (values >= low) & (values <= high)
 
     return gate
@@ -93,9 +93,15 @@ def bounded_second_moment(*, threshold: float) -> Gate:
     """Close the tokens with the largest (log rho)^2 until the mean of the rest, over the batch, is below threshold."""
 
     def gate(tokens: Tokens, advantage: Tensor) -> Tensor:
-        squares = torch.where(tokens.mask, log_ratio(tokens).square(), torch.inf).flatten()
-        ascending, order = squares.sort()
-        means = ascending.cumsum(0) / torch.arange(1, len(squares) + 1, device=squares.device)
-        return torch.zeros_like(order, dtype=torch.bool).scatter(0, order, means < threshold).view_as(tokens.mask)
+        squares = log_ratio(tokens).square()
+        is_small = squares < threshold  # a mean of these is below the threshold: only the others need an order
+        small = tokens.mask & is_small
+        large = tokens.mask & ~is_small
+        ascending, order = squares[large].sort()
+        ranks = torch.arange(1, len(order) + 1, device=order.device)
+        total = torch.where(small, squares, 0.0).sum(dtype=torch.float64)
+        means = (total + ascending.cumsum(0, dtype=torch.float64)) / (small.sum() + ranks)
+        kept = torch.zeros_like(order, dtype=torch.bool).scatter(0, order, means < threshold)
+        return small.masked_scatter(large, kept)
 
     return gate
