@@ -148,6 +148,31 @@ def test_a_policy_that_has_not_moved_is_at_no_distance(model_dir: Path, group: G
     assert found[Column.EXACT_KL].min() >= 0
 
 
+@pytest.mark.parametrize("truncated", [False, True])
+def test_a_hole_in_the_mask_moves_no_other_token(moved_dir: Path, group: Group, truncated: bool) -> None:
+    whole = next(t for t in group.trajectories if len(t.response_ids) > 4 and t.sampling.truncates == truncated)
+    assert whole.distribution_logprobs is not None
+    mask = np.arange(len(whole.response_ids)) != 1
+    counts = np.full(len(mask), VOCAB) if whole.kept_token_counts is None else whole.kept_token_counts
+    trained = np.repeat(mask, counts)
+    holed = {"response_mask": mask, "behavior_logprobs": np.where(mask, whole.behavior_logprobs, np.float32(0))}
+    if whole.kept_token_ids is None:
+        holed["distribution_logprobs"] = np.where(trained, whole.distribution_logprobs, np.float32(0))
+    else:
+        holed["distribution_logprobs"] = whole.distribution_logprobs[trained]
+        holed["kept_token_ids"] = whole.kept_token_ids[trained]
+        holed["kept_token_counts"] = np.where(mask, counts, 0).astype(np.int32)
+    with_hole = Trajectory.model_validate(whole.model_copy(update=holed).model_dump())
+
+    def scored(trajectory: Trajectory) -> dict[Column, Tensor]:
+        return columns(make_policy(moved_dir), collate([as_sample(make_group(trajectories=[trajectory]))], clock=1))
+
+    before, after = scored(whole), scored(with_hole)
+
+    for column in DIVERGENCES:
+        torch.testing.assert_close(after[column], torch.where(torch.from_numpy(mask), before[column], 0.0))
+
+
 def test_pinsker_holds_at_every_token(moved_dir: Path, group: Group) -> None:
     found = columns(make_policy(moved_dir), collate([as_sample(group)], clock=1))
 
