@@ -243,6 +243,10 @@ def test_the_most_likely_ids_alone_prove_a_lower_bound(model_dir: Path, moved_di
     assert all(low <= kl + 1e-6 for low, kl in zip(bound[0].tolist(), exact, strict=True))
     assert bound.min() > 0
     assert bound.sum() < 0.99 * sum(exact)
+    mixed = collate(
+        [as_sample(make_group(trajectories=[plain.model_copy(update={"trajectory_id": "p"}), part]))], clock=1
+    )
+    assert available_divergences(mixed.distributions) == {Column.KL_LOWER_BOUND}
 
 
 def test_divergences_of_hand_made_rows() -> None:
