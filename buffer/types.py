@@ -117,7 +117,7 @@ class Trajectory(Record):
     """Optional: the distribution that each token was drawn from, in nats under `sampling`, in line with
     `kept_token_ids`; without these [T * V], row after row over the whole vocabulary, 0 where the mask is 0."""
     columns: Annotated[dict[Identifier, Float32Array], Field(max_length=MAX_COLUMNS)] = {}
-    """Declared extra columns, [T] float32 each."""
+    """Declared extra columns, [T] float32 each, finite."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -131,7 +131,7 @@ class Trajectory(Record):
             "behavior_logprobs": self.behavior_logprobs,
             "token_rewards": self.token_rewards,
             "kept_token_counts": self.kept_token_counts,
-            **{f"columns.{name}": column for name, column in self.columns.items()},
+            **self._named_columns(),
         }
         for name, array in per_token.items():
             if array is not None and len(array) != length:
@@ -144,6 +144,9 @@ class Trajectory(Record):
         self._check_distribution()
         return self
 
+    def _named_columns(self) -> dict[str, Float32Array]:
+        return {f"columns.{name}": column for name, column in self.columns.items()}
+
     def _check_logprobs(self) -> None:
         if not np.isfinite(self.behavior_logprobs).all():
             raise ValueError("behavior_logprobs must be finite: a token that was drawn has a probability above 0")
@@ -151,8 +154,9 @@ class Trajectory(Record):
             raise ValueError("behavior_logprobs must not be above 0")
         if self.behavior_logprobs[~self.response_mask].any():
             raise ValueError("behavior_logprobs must be 0 where response_mask is 0")
-        if self.token_rewards is not None and not np.isfinite(self.token_rewards).all():
-            raise ValueError("token_rewards must be finite")
+        for name, values in {"token_rewards": self.token_rewards, **self._named_columns()}.items():
+            if values is not None and not np.isfinite(values).all():
+                raise ValueError(f"{name} must be finite")
 
     def _check_spans(self, length: int) -> None:
         position = 0
