@@ -21,6 +21,7 @@ from buffer.rate_limiter import (
     insert_ceiling,
     limiter_error,
     may_insert,
+    reuse_mean,
 )
 from buffer.selectors import Fifo, Fresh, Mix, Selector, Uniform, draw_lots, draw_ranks, num_fresh
 from buffer.staleness import age_updates, is_too_old
@@ -141,6 +142,7 @@ class MemoryTable:
                 num_response_tokens=self._num_tokens,
                 inserted_total=self._inserted,
                 sampled_total=self._sampled,
+                reuse_mean=reuse_mean(pace),
                 outcomes=dict(self._outcomes),
                 removed=dict(self._removed),
                 stored_versions=dict(+self._versions),

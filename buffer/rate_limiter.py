@@ -57,6 +57,12 @@ def limiter_error(limiter: RateLimiterSettings, pace: Pace) -> float:
     return pace.inserted * limiter.samples_per_insert - pace.sampled
 
 
+def reuse_mean(pace: Pace) -> float:
+    """Return how often a group was handed out, on average over those that were handed out at all; 0 before that."""
+    num_used = pace.inserted - pace.fresh
+    return pace.sampled / num_used if num_used else 0.0
+
+
 def insert_ceiling(limiter: RateLimiterSettings) -> float:
     """Return the limiter_error that an insert may lead to at most."""
     return limiter.min_size * limiter.samples_per_insert + limiter.error_buffer

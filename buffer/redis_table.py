@@ -16,7 +16,7 @@ import redis
 from buffer.codec import decode_group, encode_group, record_hash
 from buffer.errors import Conflict, InvalidRequest, NotFound, StoreUnavailable
 from buffer.outcomes import Facts, no_fit, outcome_of, refusal, refused_at_sight
-from buffer.rate_limiter import Pace, RateLimiterSettings, check_request, check_settings, limiter_error
+from buffer.rate_limiter import Pace, RateLimiterSettings, check_request, check_settings, limiter_error, reuse_mean
 from buffer.selectors import Mix, draw_lots, num_fresh
 from buffer.table import SampleRequest, TableSettings, TableStats, Wait
 from buffer.types import Group, InsertOutcome, InsertResult, PolicyVersion, Sample, SampleInfo
@@ -126,6 +126,7 @@ class RedisTable:
             num_response_tokens=counts["tokens"],
             inserted_total=counts["inserted"],
             sampled_total=counts["sampled"],
+            reuse_mean=reuse_mean(pace),
             outcomes=_outcomes(fields),
             removed=removed,
             stored_versions={int(version): int(n) for version, n in versions.items()},

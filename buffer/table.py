@@ -73,6 +73,8 @@ class TableStats(Record):
     """Train groups ever accepted."""
     sampled_total: int
     """Train groups ever handed out, repeats of a request_id not counted."""
+    reuse_mean: float
+    """Times a group was handed out, on average over the train groups that were handed out at all; 0 before that."""
     outcomes: dict[str, int]
     """Submitted groups by outcome, all time."""
     removed: dict[str, int]

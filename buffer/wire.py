@@ -121,7 +121,10 @@ class LearnerReport(Record):
     """How the learner is doing: the body of POST /v1/learner/metrics."""
 
     updates: NonNegativeInt
+    total_updates: Annotated[int, Field(ge=1)] | None = None
+    """Updates after which the learner is done; null when it has no end."""
     version: Annotated[PolicyVersion, Field(ge=-1)]
+    """The learner's update clock, against which ages are measured."""
     metrics: dict[str, FiniteFloat]
     waiting: Wait | None = None
     """For whom the learner waits, if it does."""

@@ -44,9 +44,10 @@ LOG_EVERY_UPDATES = 10
 class ServiceReporter:
     """Writes metrics to the run's log and posts them to the service; a lost post is counted."""
 
-    def __init__(self, run_log: RunLog, client: ServiceClient) -> None:
+    def __init__(self, run_log: RunLog, client: ServiceClient, *, total_updates: int) -> None:
         self._run_log = run_log
         self._client = client
+        self._total_updates = total_updates
         self._last: Mapping[str, float] = {}
         self._lost = 0
 
@@ -71,7 +72,13 @@ class ServiceReporter:
 
     def _post(self, progress: Progress, wait: Wait | None) -> None:
         finite = {name: value for name, value in self._last.items() if math.isfinite(value)}  # JSON has no others
-        report = LearnerReport(updates=progress.updates, version=progress.clock, metrics=finite, waiting=wait)
+        report = LearnerReport(
+            updates=progress.updates,
+            total_updates=self._total_updates,
+            version=progress.clock,
+            metrics=finite,
+            waiting=wait,
+        )
         try:
             self._client.post_learner_metrics(report)
         except (ServiceUnreachable, StoreUnavailable):
@@ -181,4 +188,8 @@ def _open_reporter(config: RunConfig, trainer: Trainer, stack: ExitStack) -> Ser
         updates_done=trainer.progress.updates,
     )
     reports = config.model_copy(update={"client": REPORT_CLIENT})
-    return ServiceReporter(stack.enter_context(closing(run_log)), stack.enter_context(closing(connect(reports))))
+    return ServiceReporter(
+        stack.enter_context(closing(run_log)),
+        stack.enter_context(closing(connect(reports))),
+        total_updates=config.learner.total_updates,
+    )

@@ -119,7 +119,7 @@ def test_a_learner_trains_over_http_is_killed_resumes_and_ends(model_dir: Path, 
         stats = client.stats()["learner"]
         client.close()
 
-    assert (stats["updates"], stats["version"]) == (end, killed_at + 4)
+    assert (stats["updates"], stats["total_updates"], stats["version"]) == (end, end, killed_at + 4)
     assert stats["metrics"]["age/updates_p50"] == killed_at + 3
     lines = [json.loads(line) for line in (learner_dir / "metrics.jsonl").read_text().splitlines()]
     assert undocumented(lines[-1].keys() - {"updates", "version"}) == []
@@ -136,7 +136,7 @@ def test_every_tenth_update_logs_the_thresholds_to_choose_from(
     metrics = {**make_trainer(model_dir).update(collate(plain_samples(0), clock=1)), "time/sample_wait_s": 0.5}
     run_log = RunLog(tmp_path, run_name="run", wandb_project=None, updates_done=0)
     with closing(run_log), closing(ServiceClient("http://127.0.0.1:1", settings=NO_RETRY)) as client:
-        reporter = ServiceReporter(run_log, client)
+        reporter = ServiceReporter(run_log, client, total_updates=10)
         with caplog.at_level(logging.INFO):
             for updates in (9, 10):
                 reporter.update(Progress(updates, updates), metrics)
