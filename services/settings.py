@@ -1,8 +1,8 @@
 """All sections of settings in one record, and where they come from.
 
 Later wins: defaults, the TOML file of --config, the environment (STALEWISE_TABLE__CAPACITY_GROUPS=1000), --set
-table.capacity_groups=1000. Values outside TOML are TOML or JSON literals; bare words are strings. Unknown keys are
-errors.
+table.capacity_groups=1000. Values outside TOML are TOML or JSON literals; bare words are strings, and so are numbers
+where a text is wanted. Unknown keys are errors.
 """
 
 import difflib
@@ -11,9 +11,9 @@ import threading
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, Field, JsonValue, ValidationError
+from pydantic import BaseModel, Field, JsonValue, SecretStr, ValidationError
 
 from actor.settings import ActorSettings
 from buffer.connection import ClientSettings, ServiceClient
@@ -96,9 +96,9 @@ def load_config(
     tree = _read_toml(path) if path else {}
     for name, text in sorted((environment or {}).items()):
         if name.startswith(PREFIX):
-            _assign(tree, name.removeprefix(PREFIX).lower().split("__"), _literal(text, name), name)
-    for key, value in parse_assignments(overrides).items():
-        _assign(tree, key.split("."), value, key)
+            _assign_text(tree, name.removeprefix(PREFIX).lower().split("__"), text, name)
+    for key, text in _split(overrides):
+        _assign_text(tree, key.split("."), text, key)
     _refuse_unknown(tree, source=path)
     try:
         config = RunConfig.model_validate(tree)
@@ -110,13 +110,7 @@ def load_config(
 
 def parse_assignments(assignments: Sequence[str]) -> dict[str, JsonValue]:
     """Return what `key=value` texts of --set say, later ones winning. Raises InvalidSettings."""
-    values: dict[str, JsonValue] = {}
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals or not key.strip():
-            raise InvalidSettings(f"--set {assignment} is not key=value", hint="write for example --set table.ttl_s=60")
-        values[key.strip()] = _literal(text, key)
-    return values
+    return {key: _literal(text, key) for key, text in _split(assignments)}
 
 
 def describe(config: RunConfig) -> str:
@@ -160,6 +154,36 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise InvalidSettings(f"cannot read {path}: {error.strerror}", hint="give --config an existing file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidSettings(f"{path} is not TOML: {error}") from error
+
+
+def _split(assignments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key.strip():
+            raise InvalidSettings(f"--set {assignment} is not key=value", hint="write for example --set table.ttl_s=60")
+        yield key.strip(), text
+
+
+def _assign_text(tree: dict[str, Any], keys: Sequence[str], text: str, source: str) -> None:
+    """Assign what a text means; where the setting is a text itself, numbers and dates stay as they were written."""
+    value = _literal(text, source)
+    if _takes_text(keys) and not isinstance(value, str | list | dict | bool | None):
+        value = text
+    _assign(tree, keys, value, source)
+
+
+def _takes_text(keys: Sequence[str]) -> bool:
+    annotation: object = RunConfig
+    for key in keys:
+        section = _section(annotation)
+        if section is None or key not in section.model_fields:
+            return False
+        annotation = section.model_fields[key].annotation
+    return _is_text(annotation)
+
+
+def _is_text(annotation: object) -> bool:
+    return annotation in (str, SecretStr, Path) or any(_is_text(part) for part in get_args(annotation))
 
 
 def _literal(text: str, source: str) -> JsonValue:

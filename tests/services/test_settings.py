@@ -27,6 +27,12 @@ def test_later_sources_win(tmp_path: Path) -> None:
     ("override", "expected"),
     [
         ("table.max_age_updates=null", "table.max_age_updates = null"),
+        ("run.name=2026", 'run.name = "2026"'),
+        ("run.name=2026-11-21", 'run.name = "2026-11-21"'),
+        ("run.runs_dir=007", 'run.runs_dir = "007"'),
+        ("service.token=12345678", 'service.token = "**********"'),
+        ("service.tokens.admin=1234567890", 'service.tokens.admin = ["**********"]'),
+        ("service.url=null", "service.url = null"),
         ("run.name=demo-1", 'run.name = "demo-1"'),
         ('run.name="demo 1"'.replace(" ", ""), 'run.name = "demo1"'),
         ("limiter.error_buffer=1e6", "limiter.error_buffer = 1000000.0"),
