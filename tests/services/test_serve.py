@@ -141,6 +141,8 @@ def test_port_in_use_is_a_sentence(tmp_path: Path) -> None:
         ("service.redis_url=redis://127.0.0.1:1/0", 3, "stalewise: Redis does not answer: Error 111 connecting to"),
         ("service.redis_url=nonsense", 2, "stalewise: redis url 'nonsense'"),
         ("service.host=0.0.0.0", 2, "stalewise: service.host=0.0.0.0 can be reached from other machines, but no token"),
+        ("run.runs_dir=/dev/null", 2, f"stalewise: the run's directory /dev/null/{RUN_ID} cannot be written: Not a"),
+        ("run.runs_dir=/proc", 2, f"stalewise: the run's directory /proc/{RUN_ID} cannot be written: "),
         ("service.prot=1", 2, "stalewise: unknown setting service.prot (did you mean service.port"),
         ("limiter.min_size=1000000", 2, "stalewise: limiter.min_size=1000000 is above table.capacity_groups=100000"),
         ("table.capacity_groups=0", 2, "stalewise: table.capacity_groups: input should be greater than or equal to 1"),
