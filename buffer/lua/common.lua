@@ -30,6 +30,8 @@
 --                        repeat_window_s after that, for a repeat of the request
 -- remembered     hash    group_id -> content hash of a removed group
 -- remembered_at  zset    group_id, score = time of removal in seconds
+-- presence       hash    no script reads it; services/presence.py keeps the last heartbeat of each actor and the learner's
+--                        last report there, as JSON by name
 -- draw:<request> string  cmsgpack {request, time in seconds, list of {sequence, uses, age, probability}}, expires
 
 local prefix = KEYS[1]

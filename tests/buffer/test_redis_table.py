@@ -1,5 +1,7 @@
 """What only a table on Redis can meet: full memory, a lost server, a forgotten script, keys of other runs."""
 
+import re
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,9 @@ from buffer.rate_limiter import RateLimiterSettings
 from buffer.redis_server import RedisSettings, connect, redis_server
 from buffer.redis_table import RedisTable
 from buffer.table import SampleRequest, TableSettings
+from buffer.types import Split
+from buffer.wire import LearnerReport
+from services.presence import Presence, RedisBoard
 from tests.factories import RUN_ID, make_group
 
 OPEN = RateLimiterSettings(min_size=1, error_buffer=1e9)
@@ -51,6 +56,22 @@ def test_full_memory_refuses_inserts_whole_and_lets_the_learner_make_room(client
     assert drawn[0].group.group_id == "a"
     assert table.stats().removed == {"reuse": 1}
     assert table.insert([make_group("c")])[0].outcome.value == "accepted"
+
+
+def test_every_key_of_a_run_is_described_in_the_schema(client: redis.Redis) -> None:
+    table = open_table(client, TableSettings(reuse_limit=1))
+    table.insert([make_group("a"), make_group("b"), make_group("e", split=Split.EVAL)])
+    table.sample(request("r"))
+    presence = Presence(RedisBoard(client, key=f"sw:{{{RUN_ID}:0}}:presence"))
+    presence.report(LearnerReport(updates=1, version=1, metrics={}))
+
+    header = (files("buffer") / "lua" / "common.lua").read_text().partition("\n\n")[0]
+    described = set(re.findall(r"^-- (\w+):?\S* +(?:hash|zset|string) ", header, re.MULTILINE))
+    prefix = f"sw:{{{RUN_ID}:0}}:"
+    names = {key.decode().removeprefix(prefix).partition(":")[0] for key in client.keys(prefix + "*")}
+
+    assert len(names) > 9
+    assert names <= described
 
 
 def test_lost_server_is_store_unavailable_for_every_call(tmp_path: Path) -> None:
