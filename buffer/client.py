@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote
 
@@ -43,10 +44,15 @@ class HttpTable:
         self._client = client
 
     def submit(self, groups: Sequence[Group]) -> Submission:
-        """Insert groups and learn how long to pause; see ReplayTable.insert."""
+        """Insert groups and learn how long to pause; see ReplayTable.insert.
+
+        Groups whose body would be over the service's limit go in several requests.
+        """
         if not groups:
             return Submission(results=[], retry_after_s=None)
         body = encode(InsertRequest(groups=list(groups)), MSGPACK)
+        if len(groups) > 1 and len(body) > self._max_body_bytes:
+            return self._submit_halves(groups)
         response = self._client.request(
             "POST", "/v1/groups", body=body, content_type=MSGPACK, accept=MSGPACK, answers=_INSERT_ANSWERS
         )
@@ -57,6 +63,17 @@ class HttpTable:
         results = parse(InsertResponse, {"results": answered}).results
         pause = response.headers.get("Retry-After")
         return Submission(results=results, retry_after_s=float(pause) if pause else None)
+
+    @cached_property
+    def _max_body_bytes(self) -> int:
+        return self._client.run_info().limits.max_body_bytes
+
+    def _submit_halves(self, groups: Sequence[Group]) -> Submission:
+        halves = [self.submit(half) for half in (groups[: len(groups) // 2], groups[len(groups) // 2 :])]
+        pauses_s = [half.retry_after_s for half in halves if half.retry_after_s is not None]
+        return Submission(
+            results=[result for half in halves for result in half.results], retry_after_s=max(pauses_s, default=None)
+        )
 
     def insert(self, groups: Sequence[Group]) -> list[InsertResult]:
         """See ReplayTable."""
