@@ -6,7 +6,7 @@ export OMP_NUM_THREADS := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-chaos test-fuzz lint format types imports check setup-vllm test-vllm
+.PHONY: setup demo test test-chaos test-fuzz mutation lint format types imports check setup-vllm test-vllm
 
 setup: $(VENV)/.done
 
@@ -27,6 +27,10 @@ test-chaos: setup
 # the fuzzers of `make test` with 60 times their executions, about an hour
 test-fuzz: setup
 	$(BIN)/pytest tests/fuzz --fuzz-scale=60 --timeout=0 $(ARGS)
+
+# hours for all of them: MUTATION_ARGS="--sample 100 --seed 1", or the names of modules
+mutation: setup
+	$(BIN)/python scripts/mutate-objectives $(MUTATION_ARGS)
 
 format: setup
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
