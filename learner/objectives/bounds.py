@@ -83,5 +83,5 @@ def _sum_of_capped(values: Tensor) -> float:
 
 
 def _pinsker(kl: float) -> float:
-    """The largest total variation that a KL in nats allows."""
-    return min(1.0, math.sqrt(kl / 2))
+    """The largest total variation that a KL in nats allows; 1 and more are no limit."""
+    return math.sqrt(kl / 2)

@@ -159,6 +159,15 @@ def test_shares_of_the_curve_are_what_the_gate_keeps_at_that_threshold() -> None
         assert metrics[f"trust_region/{statistic}_within_0_1_share{suffix}"] == statistics.fmean(accepted)
 
 
+def test_a_sequence_at_the_threshold_is_kept_by_the_gate_and_by_the_curve() -> None:
+    tokens = tokens_of()
+    tokens.columns[Column.EXACT_KL].fill_(0.05)
+
+    assert all(kept(tokens, "trm", **OFF, max_kl=0.05))
+    assert diagnosed(tokens)["trust_region/max_kl_nats_within_0_05_share"] == 1.0
+    assert diagnosed(tokens)["trust_region/max_kl_nats_within_0_02_share"] == 0.0
+
+
 def test_names_say_what_was_estimated_what_is_a_lower_bound_and_what_is_exact() -> None:
     exact = diagnosed(tokens_of())
     bounded = diagnosed(without(tokens_of(), frozenset({Column.EXACT_KL, Column.EXACT_TV})))
