@@ -76,7 +76,7 @@ def test_whole_rows_are_refused_in_one_sentence() -> None:
         ({"behavior": [math.log(0.4), 0.0, math.log(0.75)]}, "token 0 -0.693147 nats, behavior_logprobs -0.916291"),
     ):
         with pytest.raises(ValidationError, match=sentence):
-            whole(**arguments)  # type: ignore[arg-type]  # a table of keyword arguments
+            whole(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -108,11 +108,11 @@ def test_rows_of_masked_tokens_are_zero() -> None:
 def test_kept_ids_and_their_log_probs_are_refused_in_one_sentence() -> None:
     with pytest.raises(ValidationError, match="has 3 entries for 4 kept_token_ids"):
         kept([0.5, 0.5, 0.75])
-    with pytest.raises(ValidationError, match="token 0 sums to 0.75, not to 1"):
+    with pytest.raises(ValidationError, match=r"token 0 sums to 0\.75, not to 1"):
         kept([0.25, 0.5, 0.75, 0.25])
-    with pytest.raises(ValidationError, match="token 1 sums to 1.25, not to 1"):
+    with pytest.raises(ValidationError, match=r"token 1 sums to 1\.25, not to 1"):
         kept([0.25, 0.5, 1.0, 0.25], sampling=UNTRUNCATED)
-    with pytest.raises(ValidationError, match="token 0 -0.693147 nats, behavior_logprobs -1.38629"):
+    with pytest.raises(ValidationError, match=r"token 0 -0\.693147 nats, behavior_logprobs -1\.38629"):
         kept(behavior=0.25)
     with pytest.raises(ValidationError, match="name an id twice for one token"):
         kept(ids=[4, 4, 4, 9])

@@ -3,6 +3,7 @@
 import re
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -68,7 +69,8 @@ def test_every_key_of_a_run_is_described_in_the_schema(client: redis.Redis) -> N
     header = (files("buffer") / "lua" / "common.lua").read_text().partition("\n\n")[0]
     described = set(re.findall(r"^-- (\w+):?\S* +(?:hash|zset|string) ", header, re.MULTILINE))
     prefix = f"sw:{{{RUN_ID}:0}}:"
-    names = {key.decode().removeprefix(prefix).partition(":")[0] for key in client.keys(prefix + "*")}
+    keys: Any = client.keys(prefix + "*")
+    names = {key.decode().removeprefix(prefix).partition(":")[0] for key in keys}
 
     assert len(names) > 9
     assert names <= described
