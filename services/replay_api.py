@@ -114,7 +114,7 @@ def _table_operations(context: ServiceContext) -> Sequence[Operation]:
             body=InsertRequest,
             answers={200: InsertResponse, 207: InsertResponse},
             refusals=dict.fromkeys(sorted(set(_STATUS.values()) - {200}), InsertRefused),
-            problems=(406, 415, 503),
+            problems=(406, 413, 415, 422, 503),
         ),
         Operation(
             route="GET /v1/groups/{group_id:path}",
