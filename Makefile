@@ -20,7 +20,7 @@ demo: setup
 test: setup
 	$(BIN)/pytest
 
-# 100 kills of each policy, about 12 minutes; another order of kills: ARGS=--chaos-seed=7
+# 100 kills of each policy, 10 to 25 minutes; another order of kills: ARGS=--chaos-seed=7
 test-chaos: setup
 	$(BIN)/pytest tests/chaos --chaos-kills=100 --timeout=0 -o log_cli=true -o log_cli_level=INFO --log-disable=httpx $(ARGS)
 

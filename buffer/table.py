@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated, Protocol
 
-from pydantic import Field
+from pydantic import Field, FiniteFloat
 
 from buffer.selectors import Fifo, Selector
 from buffer.settings import Settings
@@ -40,7 +40,7 @@ class SampleRequest(Record):
     """One draw."""
 
     num_groups: Annotated[int, Field(ge=1, le=65_536)]
-    learner_version: Annotated[int, Field(ge=0)]
+    learner_version: Annotated[int, Field(ge=0, lt=1 << 53)]
     """The learner's update clock: ages are measured against it."""
     request_id: Identifier
     """A repeat within `repeat_window_s` returns the same draw, counted once."""
@@ -52,7 +52,7 @@ class Wait(Record):
 
     who: str
     """`learner` or `actors`."""
-    since_s: float
+    since_s: FiniteFloat
     """Seconds since the wait began."""
     reason: str
 

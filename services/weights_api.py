@@ -21,7 +21,7 @@ _CHUNK_BYTES = 1 << 20
 _IMMUTABLE = "public, max-age=31536000, immutable"
 
 BlobName = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$")]
-Version = Annotated[int, Path(ge=0)]
+Version = Annotated[int, Path(ge=0, lt=1 << 53)]
 
 
 def weight_operations(context: ServiceContext) -> Sequence[Operation]:

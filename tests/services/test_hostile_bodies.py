@@ -6,14 +6,20 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import httpx
+import msgpack
 import pytest
 
 from buffer.wire import JSON, MSGPACK
 from services.context import ServiceContext
 from tests.services.live import make_context, serving
 
-ROUTES = ("POST /v1/groups", "POST /v1/sample", "POST /v1/learner/metrics", "POST /v1/actors/a/heartbeat")
-ROUTES += ("PUT /v1/weights/0",)
+ROUTES = [
+    "POST /v1/groups",
+    "POST /v1/sample",
+    "POST /v1/learner/metrics",
+    "POST /v1/actors/a/heartbeat",
+    "PUT /v1/weights/0",
+]
 HEAD = "{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 
 
@@ -84,6 +90,30 @@ def test_a_deeply_nested_json_body_is_a_named_error(service: str, route: str) ->
     response = send(service, route, b'{"a":' * 100_000)
 
     assert (response.status_code, response.json()["error"]) == (422, "invalid_request")
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("POST /v1/sample", b'{"num_groups":1,"request_id":"r","learner_version":%d}'),
+        ("POST /v1/learner/metrics", b'{"updates":%d,"version":0,"metrics":{}}'),
+        ("POST /v1/actors/a/heartbeat", b'{"version":0,"tokens_per_s":1,"groups_total":%d,"state":"x"}'),
+    ],
+)
+def test_an_integer_that_msgpack_cannot_carry_is_refused(service: str, route: str, body: bytes) -> None:
+    response = send(service, route, body % 10**30)
+
+    assert response.status_code == 422
+    assert "input should be less than 9007199254740992, got an integer of more than 64" in response.json()["detail"]
+
+
+def test_a_wait_of_nan_seconds_is_refused(service: str) -> None:
+    waiting = {"who": "actors", "since_s": float("nan"), "reason": ""}
+    body = msgpack.packb({"updates": 1, "version": 0, "metrics": {}, "waiting": waiting})
+
+    response = send(service, "POST /v1/learner/metrics", body, Content_Type=MSGPACK)
+
+    assert response.json()["detail"] == "waiting.since_s: input should be a finite number, got nan"
 
 
 def test_slow_bodies_hold_up_nobody_else(service: str) -> None:
