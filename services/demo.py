@@ -16,16 +16,16 @@ from statistics import median
 
 from rich.console import Console
 from rich.live import Live
-from transformers import AutoTokenizer
 
 from actor.evaluate import held_out_accuracy
-from actor.tasks import HELD_OUT_PROMPTS, make_task
+from actor.tasks import HELD_OUT_PROMPTS, Task, make_task
+from actor.tokenizer import load_tokenizer
 from actor.torch_engine import TorchEngine
 from actor.weight_sync import check_canary
 from buffer.client import ClientSettings, HttpWeightStore, ServiceClient
 from buffer.errors import StalewiseError
-from buffer.fingerprint import model_fingerprint
 from services.address import read_address
+from services.model_dir import local_model_dir
 from services.processes import Child, ChildFailed, Supervisor
 from services.progress import Snapshot, screen
 from services.report import Summary, plot, read_metrics, result_table
@@ -42,14 +42,16 @@ def run_demo(config: RunConfig, *, arguments: Sequence[str]) -> Summary:
     """Run the demo in a new directory below run.runs_dir, named after run.name and the time.
 
     `arguments` are the --config and --set options that made `config`: the processes are started with the same.
-    Raises ChildFailed when a process dies too often, and what evaluation and report raise.
+    Raises InvalidSettings for a bad model, ChildFailed when a process dies too often, and what evaluation and report
+    raise.
     """
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # leave through the clean-up, as at Ctrl-C
-    model_fingerprint(config.run.model)  # refuses what is not a model before anything is started
+    model_dir = local_model_dir(config.run.model)
+    task = make_task(config.actor.task, load_tokenizer(model_dir))  # a bad model is refused before anything is started
     name = _new_run(config.run)
-    config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
+    config = config.model_copy(update={"run": config.run.model_copy(update={"name": name, "model": model_dir})})
     arguments = [*arguments, "--set", f"run.name={json.dumps(name)}"]
-    return Demo(config, arguments=arguments, console=Console()).run()
+    return Demo(config, task=task, arguments=arguments, console=Console()).run()
 
 
 def _new_run(run: RunSettings) -> str:
@@ -68,16 +70,14 @@ def _new_run(run: RunSettings) -> str:
 class Demo:
     """One run of the demo, in the order of its methods."""
 
-    def __init__(self, config: RunConfig, *, arguments: Sequence[str], console: Console) -> None:
+    def __init__(self, config: RunConfig, *, task: Task, arguments: Sequence[str], console: Console) -> None:
         self._config = config
         self._arguments = list(arguments)
         self._console = console
         self._directory = config.run.directory
         self._supervisor = Supervisor(max_restarts=config.demo.max_restarts)
         self._history: list[Snapshot] = []
-        self._task = make_task(
-            config.actor.task, AutoTokenizer.from_pretrained(config.run.model, local_files_only=True)
-        )
+        self._task = task
 
     def run(self) -> Summary:
         """Start, watch, stop, evaluate, report."""

@@ -28,6 +28,7 @@ class Ruin:
             runs_dir,
             f"redis.appendfsync={appendfsync}",
             "limiter.min_size=4",
+            "learner.groups_per_update=4",
             "limiter.error_buffer=1e12",
             "table.repeat_window_s=86400",
         )
