@@ -53,7 +53,7 @@ def bound_metrics(tokens: Tokens) -> dict[str, float]:
         max_tv=max_tv,
         max_kl=max_kl,
         sequence_kl=sequence_kl,
-        sequence_tv=min(1.0, (sequence_kl / 2) ** 0.5, sum(mean_tv)),
+        sequence_tv=min((sequence_kl / 2) ** 0.5, sum(mean_tv)),
         mean_tv=torch.tensor(mean_tv, dtype=torch.float64),
     )
     metrics = {

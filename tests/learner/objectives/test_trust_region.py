@@ -239,13 +239,22 @@ def test_a_bound_of_1_or_more_is_called_vacuous() -> None:
     assert near["trust_region/bound_best_estimate"] < 1
     assert near["trust_region/bound_vacuous_estimate"] == 0.0
     assert diagnosed(tokens_of(on_policy=True))["trust_region/bound_best"] == 0.0
+    two_tokens = tokens_of(ROWS[5:6])
+    two_tokens.columns[Column.EXACT_KL].fill_(0.5)
+    two_tokens.columns[Column.EXACT_TV].fill_(0.5)
+    assert diagnosed(two_tokens)["trust_region/bound_best"] == 1.0
+    assert diagnosed(two_tokens)["trust_region/bound_vacuous"] == 1.0
 
 
 def test_wild_ratios_give_finite_bounds() -> None:
     wild = tuple(replace(row, log_ratios=[40.0] * len(row.mask)) for row in ROWS)
     tokens = cleaned(without(tokens_of(wild), DIVERGENCES), ())
 
-    assert all(math.isfinite(value) for value in bound_metrics(tokens).values())
+    metrics = bound_metrics(tokens)
+
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert metrics["trust_region/tv_max_estimate"] == 1.0
+    assert metrics["trust_region/bound_adaptive_estimate"] == pytest.approx(4 * 4)  # 5 tokens, the last one is free
     assert all(value.isfinite() for value in acceptance_curve(tokens).values())
 
 
