@@ -179,6 +179,8 @@ class Trajectory(Record):
             return
         if counts.min() < 0 or int(counts.sum(dtype=np.int64)) != len(ids):
             raise ValueError("kept_token_counts must be non-negative and sum to the length of kept_token_ids")
+        if (ids < 0).any():
+            raise ValueError("kept_token_ids must not be negative")
         if counts[~self.response_mask].any():
             raise ValueError("kept_token_counts must be 0 where response_mask is 0")
         ends = np.cumsum(counts)

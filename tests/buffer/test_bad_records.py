@@ -124,3 +124,11 @@ def test_sentence_counts_the_other_faults_and_keeps_long_values_short() -> None:
 def test_what_is_not_a_map_is_refused(record: object) -> None:
     with pytest.raises(InvalidRecord, match="valid dictionary"):
         group_from_record(record)
+
+
+def test_a_negative_kept_id_is_refused() -> None:
+    record = changed("trajectories.0.kept_token_ids", [8, -5, 9, 10, 2])
+    record["trajectories"][0]["kept_token_counts"] = [2, 1, 1, 1]
+
+    with pytest.raises(InvalidRecord, match="kept_token_ids must not be negative"):
+        group_from_record(record)
