@@ -119,7 +119,7 @@ def cleaned(tokens: Tokens, columns: Collection[Column]) -> Tokens:
             f"this objective needs the columns {', '.join(missing)}, which the batch does not have",
             hint="ask the forward pass, or give them in the batch file; divergences need shipped distributions",
         )
-    trained_rows = tokens.mask.any(-1)
+    trained_rows = tokens.lengths > 0
     fields = {
         "logprobs": tokens.logprobs,
         "behavior_logprobs": tokens.behavior_logprobs,

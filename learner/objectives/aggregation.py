@@ -44,7 +44,7 @@ def sum_by_sequence(tokens: Tokens, values: Tensor) -> Tensor:
 
 def maximum_by_sequence(tokens: Tokens, values: Tensor) -> Tensor:
     """[B, 1]: max over trained tokens; -inf where there is none."""
-    return values.masked_fill(~tokens.mask, -torch.inf).amax(-1, keepdim=True)
+    return torch.where(tokens.mask, values, -torch.inf).amax(-1, keepdim=True)
 
 
 def masked(tokens: Tokens, values: Tensor) -> Tensor:

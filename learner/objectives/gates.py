@@ -61,7 +61,7 @@ def length_neutral(*, epsilon: float, delta: float, threshold: float) -> Gate:
     """
 
     def gate(tokens: Tokens, advantage: Tensor) -> Tensor:
-        later = tokens.lengths[:, None] - tokens.mask.cumsum(-1)  # T - t
+        later = tokens.lengths[:, None] - tokens.mask.cumsum(-1, dtype=torch.float32)  # T - t
         weight = torch.minimum(later * epsilon, (later * (delta / 2)).sqrt()).clamp(max=1.0)
         return sum_by_sequence(tokens, weight * deviation(tokens)) <= threshold * sum_by_sequence(tokens, weight)
 

@@ -56,7 +56,7 @@ def proximal_to_behavior(tokens: Tokens) -> Tensor:
 
 def prefix_minimum(tokens: Tokens) -> Tensor:
     """sg[log min_{i < t} rho_i] over the trained tokens before t; 0 where there is none, holes are transparent."""
-    logs = log_ratio(tokens).detach().masked_fill(~tokens.mask, math.inf)
+    logs = torch.where(tokens.mask, log_ratio(tokens).detach(), math.inf)
     inclusive = logs.cummin(-1).values
     exclusive = torch.nn.functional.pad(inclusive[:, :-1], (1, 0))
     return exclusive.nan_to_num_(posinf=0.0)  # inf: masked tokens alone before it
