@@ -6,11 +6,11 @@ export OMP_NUM_THREADS := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test lint format types imports check setup-vllm test-vllm
+.PHONY: setup demo test test-chaos test-fuzz mutation lint format types imports check setup-vllm test-vllm
 
 setup: $(VENV)/.done
 
-# mkdir is the lock: two makes in one clone must not both build the environment
+# scripts/setup holds a lock: two makes in one clone must not both build the environment
 $(VENV)/.done: pyproject.toml constraints.txt scripts/setup
 	scripts/setup $(PYTHON) $(VENV)
 
@@ -19,6 +19,18 @@ demo: setup
 
 test: setup
 	$(BIN)/pytest
+
+# 100 kills of each policy, 10 to 25 minutes; another order of kills: ARGS=--chaos-seed=7
+test-chaos: setup
+	$(BIN)/pytest tests/chaos --chaos-kills=100 --timeout=0 -o log_cli=true -o log_cli_level=INFO --log-disable=httpx $(ARGS)
+
+# the fuzzers of `make test` with 60 times their executions, about an hour
+test-fuzz: setup
+	$(BIN)/pytest tests/fuzz --fuzz-scale=60 --timeout=0 $(ARGS)
+
+# hours for all of them: MUTATION_ARGS="--sample 100 --seed 1", or the names of modules
+mutation: setup
+	$(BIN)/python scripts/mutate-objectives $(MUTATION_ARGS)
 
 format: setup
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .

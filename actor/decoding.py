@@ -24,7 +24,9 @@ PAD = -1
 class Decoding:
     """Responses in the making. All rows are at the same response position, so one list of spans serves them all."""
 
-    def __init__(self, requests: Sequence[GenerationRequest], *, eos_id: int, vocab_size: int) -> None:
+    def __init__(
+        self, requests: Sequence[GenerationRequest], *, eos_id: int, vocab_size: int, ship_distributions: bool
+    ) -> None:
         self._requests = requests
         self._eos_id = eos_id
         self._limits = torch.tensor([request.max_new_tokens for request in requests])  # [R]
@@ -33,6 +35,9 @@ class Decoding:
         self._logprobs = torch.zeros(len(requests), longest)  # [R, T]
         self._lengths = torch.zeros(len(requests), dtype=torch.long)  # [R] 0 = unfinished
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []  # per step: request [K], step [K], kept id [K]
+        self._distributions: list[tuple[Tensor, Tensor]] | None = (
+            [] if ship_distributions else None
+        )  # per step: request [B], log-probs [B, V]
         self._spans: list[tuple[int, PolicyVersion]] = []  # first step, version
         self._step = 0
         self._rows = torch.arange(len(requests))  # [B] row -> request
@@ -72,6 +77,8 @@ class Decoding:
         if self.settings.any_truncates:
             kept = ((logprobs > -torch.inf) & self.settings.truncates).nonzero()  # [K, 2] row, id
             self._kept.append((self._rows[kept[:, 0]], torch.full((len(kept),), self._step), kept[:, 1]))
+        if self._distributions is not None:
+            self._distributions.append((self._rows, logprobs))
         self._step += 1
         ended = (ids == self._eos_id) | (self._limits[self._rows] == self._step)
         ended &= self._lengths[self._rows] == 0
@@ -83,6 +90,7 @@ class Decoding:
         """Return the finished responses in the order of the requests."""
         ids, logprobs = self._ids.numpy().astype(np.int32), self._logprobs.numpy()
         kept = self._kept_by_request()
+        distributions = self._distributions_by_request()
         completions = []
         for index, (request, length) in enumerate(zip(self._requests, self._lengths.tolist(), strict=True)):
             kept_ids, kept_counts = kept[index] if request.sampling.truncates else (None, None)
@@ -95,6 +103,7 @@ class Decoding:
                     finish_reason=FinishReason.STOP if stopped else FinishReason.LENGTH,
                     kept_token_ids=kept_ids,
                     kept_token_counts=kept_counts,
+                    distribution_logprobs=distributions[index] if distributions else None,
                 )
             )
         return completions
@@ -133,6 +142,17 @@ class Decoding:
             (part, row[:length].astype(np.int32))
             for part, row, length in zip(parts, counts.numpy(), self._lengths.tolist(), strict=True)
         ]
+
+    def _distributions_by_request(self) -> list[np.ndarray]:
+        """Return every request's log-probs float32, token after token: [length * V], or [K] in line with kept ids."""
+        if not self._distributions:
+            return []
+        steps: list[list[Tensor]] = [[] for _ in self._requests]
+        for rows, logprobs in self._distributions:
+            for request, of_row in zip(rows.tolist(), logprobs, strict=True):
+                steps[request].append(of_row)
+        by_request = [torch.stack(rows[:length]) for rows, length in zip(steps, self._lengths.tolist(), strict=True)]
+        return [logprobs[logprobs > -torch.inf].numpy() for logprobs in by_request]
 
 
 def _left_padded(requests: Sequence[GenerationRequest]) -> Tensor:

@@ -30,6 +30,7 @@ class Completion:
     finish_reason: FinishReason
     kept_token_ids: npt.NDArray[np.int32] | None  # set when the sampling settings truncate
     kept_token_counts: npt.NDArray[np.int32] | None  # [T]
+    distribution_logprobs: npt.NDArray[np.float32] | None = None  # [T * V], or in line with kept_token_ids; if asked
 
 
 class Engine(Protocol):

@@ -67,4 +67,5 @@ class Rollouts:
             finish_reason=completion.finish_reason,
             kept_token_ids=completion.kept_token_ids,
             kept_token_counts=completion.kept_token_counts,
+            distribution_logprobs=completion.distribution_logprobs,
         )

@@ -49,6 +49,9 @@ class ActorSettings(Settings):
     """Where prompts and rewards come from."""
     sampling: SamplingSettings = SamplingSettings(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)
     """How tokens are drawn. Temperature 1 without truncation: the policy itself, and no kept ids to ship."""
+    ship_distributions: bool = False
+    """Whether each token brings the whole distribution it was drawn from, 4 bytes times the vocabulary: exact trust
+    regions for tiny vocabularies. Torch engine only."""
     group_size: Annotated[int, Field(ge=1)] = 8
     """Responses per prompt; the baseline of group advantages needs at least 2."""
     groups_per_batch: Annotated[int, Field(ge=1)] = 16

@@ -17,12 +17,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from actor.decoding import PAD, Decoding
 from actor.engine import Completion, GenerationRequest
 from actor.sampling import draw, sampling_logprobs
 from actor.tasks import eos_token_id
+from actor.tokenizer import load_tokenizer
 from actor.turns import Turns
 from buffer.errors import CorruptWeights, InvalidRequest, InvalidSettings
 from buffer.types import PolicyVersion
@@ -32,9 +33,10 @@ class TorchEngine:
     """`actor.engine.Engine` on a model directory's config and tokenizer; its weights, if any, are not read.
 
     `seed` must differ from actor to actor, or all of them draw the same responses. Weights are held in float32.
+    With `ship_distributions` a completion brings the distribution of each token.
     """
 
-    def __init__(self, model_dir: Path, *, seed: int) -> None:
+    def __init__(self, model_dir: Path, *, seed: int, ship_distributions: bool = False) -> None:
         """Build the model. Raises InvalidSettings when the directory is none, or its tokenizer has no end token."""
         torch.set_num_threads(1)  # two threads in each of several processes are 10-40 times slower
         if not (model_dir / "config.json").is_file():
@@ -42,13 +44,17 @@ class TorchEngine:
                 f"{model_dir} is not a model directory: it has no config.json",
                 hint="give the path of a directory written by save_pretrained, or run `stalewise make-model`",
             )
-        config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+        try:
+            config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise InvalidSettings(f"{model_dir} does not hold a causal language model: {error}") from error
         self._model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
-        self._eos_id = eos_token_id(AutoTokenizer.from_pretrained(model_dir, local_files_only=True))
+        self._eos_id = eos_token_id(load_tokenizer(model_dir))
         self._vocab_size: int = self._model.get_input_embeddings().num_embeddings
         self._max_tokens: int = config.max_position_embeddings
         self._weights = _weights_by_names(self._model)
         self._generator = torch.Generator().manual_seed(seed)
+        self._ship_distributions = ship_distributions
         self._turns = Turns()
         self._version: PolicyVersion = -1
 
@@ -65,7 +71,12 @@ class TorchEngine:
             return []
         for request in requests:
             self._check(request)
-        decoding = Decoding(requests, eos_id=self._eos_id, vocab_size=self._vocab_size)
+        decoding = Decoding(
+            requests,
+            eos_id=self._eos_id,
+            vocab_size=self._vocab_size,
+            ship_distributions=self._ship_distributions,
+        )
         while decoding.num_unfinished:
             with self._turns.take(), torch.inference_mode():
                 self._step(decoding)

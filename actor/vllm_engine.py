@@ -24,6 +24,7 @@ import numpy.typing as npt
 from actor.engine import Completion, GenerationRequest
 from actor.settings import VllmSettings
 from actor.tasks import eos_token_id
+from actor.tokenizer import load_tokenizer
 from actor.turns import Turns
 from buffer.errors import CorruptWeights, InvalidRequest, InvalidSettings
 from buffer.types import FinishReason, PolicyVersion, SamplingSettings, VersionSpan
@@ -72,13 +73,11 @@ class VllmEngine:
                 hint="install the vLLM environment with `make setup-vllm`, then run"
                 " `.venv-vllm/bin/stalewise act --engine vllm`",
             )
-        from transformers import AutoTokenizer
-
         self._engine = _start(model_dir, settings, seed)
         self._shapes = _tensor_shapes(model_dir)
         self._max_model_tokens: int = self._engine.model_config.max_model_len
         self._vocabulary: int = self._engine.model_config.get_vocab_size()
-        self._eos_id = eos_token_id(AutoTokenizer.from_pretrained(model_dir, local_files_only=True))
+        self._eos_id = eos_token_id(load_tokenizer(model_dir))
         self._version: PolicyVersion = -1
         self._ids = itertools.count()
         self._finished: dict[str, Any] = {}

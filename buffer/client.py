@@ -3,10 +3,9 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote
-
-from pydantic import BaseModel
 
 from buffer.browsing import GroupPage, GroupQuery, GroupSummary
 from buffer.connection import ClientSettings, ServiceClient, body_of, error_of
@@ -50,34 +49,55 @@ class HttpTable:
         self._client = client
 
     def submit(self, groups: Sequence[Group]) -> Submission:
-        """Insert groups and learn how long to pause; see ReplayTable.insert."""
+        """Insert groups and learn how long to pause; see ReplayTable.insert.
+
+        Groups whose body would be over the service's limit go in several requests.
+        """
         if not groups:
             return Submission(results=[], retry_after_s=None)
-        return self._submit("/v1/groups", InsertRequest(groups=list(groups)))
+        return self._submit("/v1/groups", groups)
 
     def insert(self, groups: Sequence[Group]) -> list[InsertResult]:
         """See ReplayTable."""
         return self.submit(groups).results
 
     def insert_parts(self, parts: Sequence[Part]) -> list[PartResult]:
-        """See ReplayTable."""
+        """See ReplayTable; as with groups, a large batch goes in several requests."""
         if not parts:
             return []
-        answered, _ = self._post("/v1/trajectories", PartsRequest(trajectories=list(parts)))
+        body = encode(PartsRequest(trajectories=list(parts)), MSGPACK)
+        if len(parts) > 1 and len(body) > self._max_body_bytes:
+            middle = len(parts) // 2
+            return [*self.insert_parts(parts[:middle]), *self.insert_parts(parts[middle:])]
+        answered, _ = self._post("/v1/trajectories", body)
         return parse(PartsResponse, {"results": answered}).results
 
     def import_groups(self, groups: Sequence[Group], *, foreign: bool) -> Submission:
         """Insert recorded groups; `foreign` = drawn by other weights than this run's. Needs the role admin."""
-        return self._submit(f"/v1/import?foreign={str(foreign).lower()}", InsertRequest(groups=list(groups)))
+        return self._submit(f"/v1/import?foreign={str(foreign).lower()}", groups)
 
-    def _submit(self, path: str, body: InsertRequest) -> Submission:
+    @cached_property
+    def _max_body_bytes(self) -> int:
+        return self._client.run_info().limits.max_body_bytes
+
+    def _submit(self, path: str, groups: Sequence[Group]) -> Submission:
+        body = encode(InsertRequest(groups=list(groups)), MSGPACK)
+        if len(groups) > 1 and len(body) > self._max_body_bytes:
+            return self._submit_halves(path, groups)
         answered, retry_after_s = self._post(path, body)
         return Submission(results=parse(InsertResponse, {"results": answered}).results, retry_after_s=retry_after_s)
 
-    def _post(self, path: str, body: BaseModel) -> tuple[object, float | None]:
+    def _submit_halves(self, path: str, groups: Sequence[Group]) -> Submission:
+        halves = [self._submit(path, half) for half in (groups[: len(groups) // 2], groups[len(groups) // 2 :])]
+        pauses_s = [half.retry_after_s for half in halves if half.retry_after_s is not None]
+        return Submission(
+            results=[result for half in halves for result in half.results], retry_after_s=max(pauses_s, default=None)
+        )
+
+    def _post(self, path: str, body: bytes) -> tuple[object, float | None]:
         """Return the results that a submission is answered with, and the pause asked for."""
         response = self._client.request(
-            "POST", path, body=encode(body, MSGPACK), content_type=MSGPACK, accept=MSGPACK, answers=_INSERT_ANSWERS
+            "POST", path, body=body, content_type=MSGPACK, accept=MSGPACK, answers=_INSERT_ANSWERS
         )
         try:
             answered = body_of(response)["results"]

@@ -128,7 +128,7 @@ def _lacks_logprobs(fault: ErrorDetails) -> bool:
 
 def sentence(record: object, error: ValidationError) -> str:
     """Return the first fault of a record in one sentence that names the field and shows the value."""
-    errors = error.errors(include_url=False, include_context=False)
+    errors = _faults(error)
     first = errors[0]
     message = first["msg"].removeprefix("Value error, ")
     path = ".".join(str(step) for step in first["loc"])
@@ -141,6 +141,13 @@ def sentence(record: object, error: ValidationError) -> str:
     if isinstance(record, Mapping) and isinstance(record.get("group_id"), str):
         return f"group {_shown(record['group_id'])}: {sentence}"
     return sentence
+
+
+def _faults(error: ValidationError) -> list[ErrorDetails]:
+    """Return the faults of a record, but not that a list is too short because its own items are faulty."""
+    errors = error.errors(include_url=False, include_context=False)
+    holders = {fault["loc"][:depth] for fault in errors for depth in range(len(fault["loc"]))}
+    return [fault for fault in errors if fault["type"] != "too_short" or fault["loc"] not in holders]
 
 
 def _shown(value: object) -> str:

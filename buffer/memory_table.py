@@ -24,6 +24,7 @@ from buffer.rate_limiter import (
     insert_ceiling,
     limiter_error,
     may_insert,
+    reuse_mean,
 )
 from buffer.remembered import RememberedDraws
 from buffer.selectors import check_weighting, draw_lots, num_fresh
@@ -169,6 +170,7 @@ class MemoryTable:
                 num_response_tokens=self._shelf.num_tokens,
                 inserted_total=self._inserted,
                 sampled_total=self._sampled,
+                reuse_mean=reuse_mean(pace),
                 outcomes=dict(self._outcomes),
                 part_outcomes=dict(self._part_outcomes),
                 num_partial_groups=len(self._partials),

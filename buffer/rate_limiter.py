@@ -5,7 +5,7 @@ from typing import Annotated, NamedTuple, Self
 from pydantic import Field, model_validator
 
 from buffer.errors import InvalidRequest, InvalidSettings
-from buffer.selectors import num_fresh
+from buffer.selectors import Selector, num_fresh
 from buffer.settings import Settings
 from buffer.table import SampleRequest, TableSettings
 
@@ -18,8 +18,9 @@ class RateLimiterSettings(Settings):
 
     samples_per_insert: Annotated[float, Field(gt=0)] = 1.0
     """How often a group is handed out over its life, on average; higher reuses more and ages more."""
-    min_size: Annotated[int, Field(ge=1)] = 1
-    """Sampleable groups before the first draw. With fifo it sets the age of the data."""
+    min_size: Annotated[int, Field(ge=1)] = 16
+    """Sampleable groups before the first draw; at least one draw, learner.groups_per_update. With fifo it sets the age
+    of the data."""
     error_buffer: Annotated[float, Field(gt=0)] = 64.0
     """Slack of the limiter in draws of one group: larger lets both sides run further apart."""
 
@@ -54,6 +55,12 @@ class Pace(NamedTuple):
 def limiter_error(limiter: RateLimiterSettings, pace: Pace) -> float:
     """Return how far inserts are ahead of samples, in draws of one group."""
     return pace.inserted * limiter.samples_per_insert - pace.sampled
+
+
+def reuse_mean(pace: Pace) -> float:
+    """Return how often a group was handed out, on average over those that were handed out at all; 0 before that."""
+    num_used = pace.inserted - pace.fresh
+    return pace.sampled / num_used if num_used else 0.0
 
 
 def insert_ceiling(limiter: RateLimiterSettings) -> float:
@@ -116,20 +123,25 @@ def check_settings(table: TableSettings, limiter: RateLimiterSettings) -> None:
 
 def check_request(request: SampleRequest, limiter: RateLimiterSettings) -> None:
     """Raise InvalidRequest for a draw that these settings could never serve."""
+    check_draw(request.num_groups, request.selector, limiter)
+
+
+def check_draw(num_groups: int, selector: Selector, limiter: RateLimiterSettings) -> None:
+    """Raise InvalidRequest for a draw of `num_groups` by `selector` that these settings could never serve."""
     spi = limiter.samples_per_insert
-    if request.num_groups > limiter.min_size:
+    if num_groups > limiter.min_size:
         raise InvalidRequest(
-            f"num_groups={request.num_groups} is above limiter.min_size={limiter.min_size}: "
+            f"num_groups={num_groups} is above limiter.min_size={limiter.min_size}: "
             "the table need not ever hold that many groups",
-            hint=f"raise min_size to at least {request.num_groups}",
+            hint=f"raise min_size to at least {num_groups}",
         )
-    if request.num_groups + spi > 2 * limiter.error_buffer:
+    if num_groups + spi > 2 * limiter.error_buffer:
         raise InvalidRequest(
-            f"num_groups={request.num_groups} does not fit error_buffer={limiter.error_buffer:g}: "
+            f"num_groups={num_groups} does not fit error_buffer={limiter.error_buffer:g}: "
             "insert and sample could block each other",
-            hint=f"raise error_buffer to at least {(request.num_groups + spi) / 2:g}",
+            hint=f"raise error_buffer to at least {(num_groups + spi) / 2:g}",
         )
-    share = num_fresh(request.selector, request.num_groups) / request.num_groups
+    share = num_fresh(selector, num_groups) / num_groups
     if share * spi > 1 + 1e-9:
         raise InvalidRequest(
             f"{share:.0%} of the draw must be fresh, but with samples_per_insert={spi:g} only {1 / spi:.0%} can be",

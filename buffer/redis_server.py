@@ -6,6 +6,7 @@ pipe closes, which the kernel does even after kill -9.
 """
 
 import fcntl
+import logging
 import os
 import shutil
 import signal
@@ -25,6 +26,8 @@ from redis.retry import Retry
 
 from buffer.errors import InvalidSettings, StoreUnavailable
 from buffer.settings import Settings
+
+log = logging.getLogger(__name__)
 
 _SOCKET_PATH_BYTES = 100
 """Longest path of a unix socket, less a margin: the kernel takes 107."""
@@ -157,22 +160,28 @@ def _locked(directory: Path, timeout_s: float) -> Iterator[int]:
     opened = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     lock = fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, _FIRST_PRIVATE_FD)
     os.close(opened)
-    deadline = time.monotonic() + min(timeout_s, 15.0)
+    wait_s = min(timeout_s, 15.0)
+    deadline = time.monotonic() + wait_s
     try:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise StoreUnavailable(
-                        f"another service, or its Redis, is using {directory}",
-                        hint="stop it, or choose another run name",
-                    ) from None
-                time.sleep(0.05)
+        if not _lock_now(lock):
+            log.warning("another service, or its Redis, is using %s: waiting up to %g s for its end", directory, wait_s)
+        while not _lock_now(lock):
+            if time.monotonic() > deadline:
+                raise StoreUnavailable(
+                    f"another service, or its Redis, is using {directory}", hint="stop it, or choose another run name"
+                )
+            time.sleep(0.05)
         yield lock
     finally:
         os.close(lock)
+
+
+def _lock_now(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from buffer.errors import Conflict, InvalidRequest, NotFound
 from buffer.outcomes import Facts, no_fit, outcome_of, refusal, refused_at_sight
 from buffer.parts import envelope_bytes, fields_of, group_of, judge_late, limit_bytes, part_result
 from buffer.prompts import PromptCounts, PromptPage, check_page, counts_of, prompt_page
-from buffer.rate_limiter import Pace, RateLimiterSettings, check_request, check_settings, limiter_error
+from buffer.rate_limiter import Pace, RateLimiterSettings, check_request, check_settings, limiter_error, reuse_mean
 from buffer.redis_scripts import RedisScripts, store_errors
 from buffer.selectors import check_weighting, draw_lots, num_fresh, rest_of
 from buffer.staleness import age_updates
@@ -202,6 +202,7 @@ class RedisTable:
             num_response_tokens=counts["tokens"],
             inserted_total=counts["inserted"],
             sampled_total=counts["sampled"],
+            reuse_mean=reuse_mean(pace),
             outcomes=_outcomes(fields, "result:"),
             part_outcomes=_outcomes(fields, "part:"),
             num_partial_groups=num_open + num_sealed,

@@ -57,7 +57,7 @@ class SampleRequest(Record):
     """One draw."""
 
     num_groups: Annotated[int, Field(ge=1, le=65_536)]
-    learner_version: Annotated[int, Field(ge=0)]
+    learner_version: Annotated[int, Field(ge=0, lt=1 << 53)]
     """The learner's update clock: ages are measured against it."""
     request_id: Identifier
     """A repeat within `repeat_window_s` returns the same draw, counted once."""
@@ -77,7 +77,7 @@ class Wait(Record):
 
     who: str
     """`learner` or `actors`."""
-    since_s: float
+    since_s: FiniteFloat
     """Seconds since the wait began."""
     reason: str
 
@@ -98,6 +98,8 @@ class TableStats(Record):
     """Train groups ever accepted."""
     sampled_total: int
     """Train groups ever handed out, repeats of a request_id not counted."""
+    reuse_mean: float
+    """Times a group was handed out, on average over the train groups that were handed out at all; 0 before that."""
     outcomes: dict[str, int]
     """Submitted groups by outcome, all time."""
     part_outcomes: dict[str, int]

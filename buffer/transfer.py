@@ -55,15 +55,11 @@ def stored_groups(table: ReplayTable) -> Iterator[Group]:
 
 def plain_record(group: Group) -> dict[str, Any]:
     """Return a group as numbers, lists and maps that read back to exactly the same group."""
-    record = group.model_dump(mode="json")
-    for plain, trajectory in zip(record["trajectories"], group.trajectories, strict=True):
-        # extra columns may hold NaN, which the JSON of pydantic turns into null
-        plain["columns"] = {name: column.tolist() for name, column in trajectory.columns.items()}
-    return record
+    return group.model_dump(mode="json")
 
 
 def json_line(group: Group) -> bytes:
-    """Return a group as one line of JSON that reads back to exactly the same group; NaN is written as `NaN`."""
+    """Return a group as one line of JSON that reads back to exactly the same group."""
     record = {"schema": SCHEMA, "group": plain_record(group)}
     return json.dumps(record, separators=(",", ":")).encode() + b"\n"
 

@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Annotated, Final, Literal, Self
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictInt, model_validator
 
 from buffer.arrays import BoolArray, Float32Array, Int32Array
@@ -28,6 +29,10 @@ Identifier = Annotated[str, Field(pattern=IDENTIFIER_PATTERN)]
 
 MAX_LOGPROB = 1e-3
 """Rounding may lift the log-prob of a certain token this far over 0; anything higher is not a log-prob."""
+
+MASS_TOLERANCE = 1e-3
+"""How far float32 rounding may take the sum of a shipped distribution from 1, and its drawn token's log-prob from the
+behaviour log-prob, in nats."""
 
 MAX_ITEMS = 1 << 16
 """Most trajectories of a group and spans of a response: what is accepted must stay within the limits of the codec."""
@@ -106,11 +111,15 @@ class Trajectory(Record):
     episode_id: Identifier | None = None
     """Trajectories of one episode share one reward and count once in the baseline."""
     kept_token_ids: Int32Array | None = None
-    """The ids that survived truncated sampling, token after token; required when `sampling` truncates."""
+    """The ids that survived truncated sampling, token after token; required when `sampling` truncates. Without
+    truncation: the ids, such as the most likely ones, that `distribution_logprobs` is about."""
     kept_token_counts: Int32Array | None = None
     """[T] int32: how many of `kept_token_ids` belong to each token; 0 where the mask is 0."""
+    distribution_logprobs: Float32Array | None = None
+    """Optional: the distribution that each token was drawn from, in nats under `sampling`, in line with
+    `kept_token_ids`; without these [T * V], row after row over the whole vocabulary, 0 where the mask is 0."""
     columns: Annotated[dict[Identifier, Float32Array], Field(max_length=MAX_COLUMNS)] = {}
-    """Declared extra columns, [T] float32 each."""
+    """Declared extra columns, [T] float32 each, finite."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -124,7 +133,7 @@ class Trajectory(Record):
             "behavior_logprobs": self.behavior_logprobs,
             "token_rewards": self.token_rewards,
             "kept_token_counts": self.kept_token_counts,
-            **{f"columns.{name}": column for name, column in self.columns.items()},
+            **self._named_columns(),
         }
         for name, array in per_token.items():
             if array is not None and len(array) != length:
@@ -134,7 +143,11 @@ class Trajectory(Record):
         self._check_logprobs()
         self._check_spans(length)
         self._check_kept()
+        self._check_distribution()
         return self
+
+    def _named_columns(self) -> dict[str, Float32Array]:
+        return {f"columns.{name}": column for name, column in self.columns.items()}
 
     def _check_logprobs(self) -> None:
         if not np.isfinite(self.behavior_logprobs).all():
@@ -143,8 +156,9 @@ class Trajectory(Record):
             raise ValueError("behavior_logprobs must not be above 0")
         if self.behavior_logprobs[~self.response_mask].any():
             raise ValueError("behavior_logprobs must be 0 where response_mask is 0")
-        if self.token_rewards is not None and not np.isfinite(self.token_rewards).all():
-            raise ValueError("token_rewards must be finite")
+        for name, values in {"token_rewards": self.token_rewards, **self._named_columns()}.items():
+            if values is not None and not np.isfinite(values).all():
+                raise ValueError(f"{name} must be finite")
 
     def _check_spans(self, length: int) -> None:
         position = 0
@@ -167,10 +181,58 @@ class Trajectory(Record):
             return
         if counts.min() < 0 or int(counts.sum(dtype=np.int64)) != len(ids):
             raise ValueError("kept_token_counts must be non-negative and sum to the length of kept_token_ids")
+        if (ids < 0).any():
+            raise ValueError("kept_token_ids must not be negative")
+        if counts[~self.response_mask].any():
+            raise ValueError("kept_token_counts must be 0 where response_mask is 0")
         ends = np.cumsum(counts)
         for index in np.flatnonzero(self.response_mask):
             if self.response_ids[index] not in ids[ends[index] - counts[index] : ends[index]]:
                 raise ValueError(f"response token {index} is not among its kept_token_ids")
+
+    def _check_distribution(self) -> None:
+        logprobs, trained = self.distribution_logprobs, self.response_mask
+        if logprobs is None:
+            return
+        ids, counts = self._support_of(logprobs)
+        token = np.repeat(np.arange(len(counts)), counts)
+        if not np.isfinite(logprobs).all() or logprobs.max() > MAX_LOGPROB:
+            raise ValueError("distribution_logprobs must be finite and not above 0: leave out ids that cannot be drawn")
+        if logprobs[~trained[token]].any():
+            raise ValueError("distribution_logprobs must be 0 where response_mask is 0")
+        if len(np.unique(token * (int(ids.max()) + 1) + ids)) != len(ids):
+            raise ValueError("kept_token_ids name an id twice for one token: its distribution is ambiguous")
+        mass = np.bincount(token, np.exp(logprobs.astype(np.float64)), len(counts))
+        low = 1.0 if self.distribution_is_complete else 0.0
+        for index in np.flatnonzero(trained & ((mass > 1 + MASS_TOLERANCE) | (mass < low - MASS_TOLERANCE))):
+            raise ValueError(f"the distribution of response token {index} sums to {mass[index]:.6g}, not to 1")
+        drawn = np.bincount(token, np.where(ids == self.response_ids[token], logprobs, 0.0), len(counts))
+        for index in np.flatnonzero(trained & (np.abs(drawn - self.behavior_logprobs) > MASS_TOLERANCE)):
+            raise ValueError(
+                f"distribution_logprobs give response token {index} {drawn[index]:.6g} nats, "
+                f"behavior_logprobs {self.behavior_logprobs[index]:.6g}"
+            )
+
+    def _support_of(self, logprobs: Float32Array) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return the ids that `logprobs` are of, and how many each token has."""
+        length = len(self.response_ids)
+        if self.kept_token_ids is not None and self.kept_token_counts is not None:
+            if len(logprobs) != len(self.kept_token_ids):
+                raise ValueError(
+                    f"distribution_logprobs has {len(logprobs)} entries for {len(self.kept_token_ids)} kept_token_ids"
+                )
+            return self.kept_token_ids.astype(np.int64), self.kept_token_counts.astype(np.int64)
+        width, rest = divmod(len(logprobs), length)
+        if not width or rest:
+            raise ValueError(f"distribution_logprobs has {len(logprobs)} entries, no multiple of {length} tokens")
+        if self.response_ids[self.response_mask].max() >= width:
+            raise ValueError(f"distribution_logprobs has {width} ids a token, a response token lies beyond them")
+        return np.tile(np.arange(width), length), np.full(length, width)
+
+    @property
+    def distribution_is_complete(self) -> bool:
+        """Whether `distribution_logprobs`, if any, say all of the distribution, and not only its kept ids."""
+        return self.sampling.truncates or self.kept_token_ids is None
 
     @property
     def oldest_version(self) -> PolicyVersion | None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import msgpack
 import pydantic_core
-from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, ValidationError
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from buffer.browsing import GroupSummary
 from buffer.codec import sentence, unpack
@@ -36,6 +36,8 @@ JSON_LINES = "application/jsonl"
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
+Count = Annotated[int, Field(ge=0, lt=1 << 53)]
+"""An integer that every encoding and language carries exactly."""
 SchemaNumber = Annotated[Literal[1], Field(alias="schema", description="The record layout; always 1.")]
 
 
@@ -149,11 +151,11 @@ class RunInfo(Record):
 class Heartbeat(Record):
     """An actor is alive: the body of POST /v1/actors/{actor_id}/heartbeat."""
 
-    version: Annotated[PolicyVersion, Field(ge=-1)]
+    version: Annotated[PolicyVersion, Field(ge=-1, lt=1 << 53)]
     """Weights in use; -1 before the first load."""
     tokens_per_s: Annotated[FiniteFloat, Field(ge=0)]
     """Response tokens drawn per second of late."""
-    groups_total: NonNegativeInt
+    groups_total: Count
     """Groups submitted and answered since the actor started."""
     state: Annotated[str, Field(max_length=64)]
     """One word: generating, waiting, quarantined ..."""
@@ -172,8 +174,11 @@ class ActorStatus(Heartbeat):
 class LearnerReport(Record):
     """How the learner is doing: the body of POST /v1/learner/metrics."""
 
-    updates: NonNegativeInt
-    version: Annotated[PolicyVersion, Field(ge=-1)]
+    updates: Count
+    total_updates: Annotated[int, Field(ge=1)] | None = None
+    """Updates after which the learner is done; null when it has no end."""
+    version: Annotated[PolicyVersion, Field(ge=-1, lt=1 << 53)]
+    """The learner's update clock, against which ages are measured."""
     metrics: dict[str, FiniteFloat]
     waiting: Wait | None = None
     """For whom the learner waits, if it does."""

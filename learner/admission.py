@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from buffer.types import Group, PolicyVersion, Sample
+import numpy as np
+
+from buffer.types import Group, PolicyVersion, Sample, Trajectory
 from learner.collate import age_updates
+from learner.tokens import DIVERGENCES, Column
 
 
 class Refusal(StrEnum):
@@ -16,6 +19,7 @@ class Refusal(StrEnum):
     FROM_THE_FUTURE = "from_the_future"
     TOO_LONG = "too_long"
     UNKNOWN_TOKEN = "unknown_token"
+    NO_DISTRIBUTION = "no_distribution"
 
     def __bool__(self) -> bool:
         raise TypeError("a Refusal is not a truth value: compare it with None")
@@ -30,6 +34,8 @@ class Admission:
     vocab_size: int
     max_positions: int
     """Longest sequence of the model, prompt and response, in tokens."""
+    columns: frozenset[Column] = frozenset()
+    """What the objective needs: its divergences need distributions."""
 
     def split(
         self, samples: Sequence[Sample], *, clock: PolicyVersion
@@ -60,7 +66,17 @@ class Admission:
             ids = [trajectory.prompt_ids, trajectory.response_ids]
             if trajectory.kept_token_ids is not None:
                 ids.append(trajectory.kept_token_ids)
+            if trajectory.distribution_logprobs is not None and trajectory.kept_token_ids is None:
+                ids.append(np.asarray([len(trajectory.distribution_logprobs) // len(trajectory.response_ids) - 1]))
             largest = max(int(array.max()) for array in ids if len(array))
             if largest >= self.vocab_size:
                 return Refusal.UNKNOWN_TOKEN, f"token id {largest}, the model has {self.vocab_size}"
+            if self._lacks_distribution(trajectory):
+                return Refusal.NO_DISTRIBUTION, "it lacks the distributions that the objective needs"
         return None
+
+    def _lacks_distribution(self, trajectory: Trajectory) -> bool:
+        if not self.columns & DIVERGENCES:
+            return False
+        part_will_do = self.columns & DIVERGENCES == {Column.KL_LOWER_BOUND}
+        return trajectory.distribution_logprobs is None or not (part_will_do or trajectory.distribution_is_complete)

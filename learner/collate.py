@@ -25,6 +25,15 @@ class Kept:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Distribution:
+    """What the engine drew the tokens of one response from."""
+
+    logprobs: Tensor  # [K] float32, in line with `kept`; [T_i, V] where that is None
+    kept: Kept | None
+    complete: bool  # False: the kept ids are a part of what could be drawn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """One update's data, on the CPU. Right-padded: P P a a e a _ _ -> mask [1, 1, 0, 1, 0, 0]  (e = tool output)."""
 
@@ -40,6 +49,7 @@ class Batch:
     episode: Tensor  # [B] int64, numbered over the batch
     temperature: Tensor  # [B] float32
     kept: tuple[Kept | None, ...]  # B entries; None where sampling did not truncate
+    distributions: tuple[Distribution | None, ...]  # B entries; None where the engine did not ship them
     keys: tuple[tuple[str, str], ...]  # B entries: group_id, trajectory_id
     group_ages_updates: tuple[int | None, ...]  # G entries; None for foreign groups
     times_sampled: tuple[int, ...]  # G entries, this draw included
@@ -64,7 +74,8 @@ def collate(samples: Sequence[Sample], *, clock: PolicyVersion) -> Batch:
         group=torch.tensor([index for index, _ in rows]),
         episode=_number_episodes(rows),
         temperature=torch.tensor([t.sampling.temperature for t in trajectories], dtype=torch.float32),
-        kept=tuple(_kept(t) for t in trajectories),
+        kept=tuple(_kept(t) if t.sampling.truncates else None for t in trajectories),
+        distributions=tuple(_distribution(t) for t in trajectories),
         keys=tuple((groups[index].group_id, t.trajectory_id) for index, t in rows),
         group_ages_updates=tuple(age_updates(group, clock) for group in groups),
         times_sampled=tuple(sample.info.times_sampled for sample in samples),
@@ -115,11 +126,20 @@ def _number_episodes(rows: Sequence[tuple[int, Trajectory]]) -> Tensor:
 
 
 def _kept(trajectory: Trajectory) -> Kept | None:
-    if not trajectory.sampling.truncates:
+    if trajectory.kept_token_ids is None or trajectory.kept_token_counts is None:
         return None
-    assert trajectory.kept_token_ids is not None
-    assert trajectory.kept_token_counts is not None
     return Kept(
         token_ids=torch.tensor(trajectory.kept_token_ids, dtype=torch.int64),
         counts=torch.tensor(trajectory.kept_token_counts, dtype=torch.int64),
+    )
+
+
+def _distribution(trajectory: Trajectory) -> Distribution | None:
+    if trajectory.distribution_logprobs is None:
+        return None
+    kept, logprobs = _kept(trajectory), torch.tensor(trajectory.distribution_logprobs)
+    return Distribution(
+        logprobs=logprobs.view(len(trajectory.response_ids), -1) if kept is None else logprobs,
+        kept=kept,
+        complete=trajectory.distribution_is_complete,
     )

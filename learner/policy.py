@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -127,19 +126,6 @@ class Policy:
                     outputs.append(output)
                     gradients.append(leaf.grad[rows] if leaf.dim() == 1 else leaf.grad[rows][trained])
             torch.autograd.backward(outputs, gradients)
-
-
-def local_model_dir(path: str) -> Path:
-    """Return a model's local directory: the path itself, or the hub's copy. Raises InvalidSettings."""
-    if Path(path).is_dir():
-        return Path(path)
-    try:
-        return Path(snapshot_download(path))
-    except (OSError, ValueError) as error:
-        raise InvalidSettings(
-            f"{path} is neither a local model directory nor a model that the hub gives us: {error}",
-            hint="give the path of a directory written by save_pretrained, or run `stalewise make-model`",
-        ) from error
 
 
 def _differentiable(scores: Scores) -> list[Tensor]:

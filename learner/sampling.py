@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
-from buffer.errors import StalewiseError
 from buffer.selectors import Selector
 from buffer.table import SampleRequest, TableStats
 from buffer.types import PolicyVersion, Sample
@@ -60,7 +59,7 @@ class Prefetcher:
         self._why_empty = "no answer yet"
         self._left = threading.Event()
         self._tickets = threading.Semaphore(settings.prefetch_batches)
-        self._batches: queue.Queue[list[Sample] | StalewiseError] = queue.Queue()
+        self._batches: queue.Queue[list[Sample] | Exception] = queue.Queue()
         self._owed = 0  # tickets that `take` gave and has no batch for yet
         self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
 
@@ -95,7 +94,7 @@ class Prefetcher:
             batch = self._batches.get(timeout=timeout_s)
         except queue.Empty:
             return None
-        if isinstance(batch, StalewiseError):
+        if isinstance(batch, Exception):
             raise batch
         self._owed = 0
         return batch
@@ -106,7 +105,7 @@ class Prefetcher:
             self._answered_s = self._now()  # silence counts from the first request of a draw
             try:
                 batch = self._draw(f"{self._request_prefix}-{number}", selector)
-            except StalewiseError as error:
+            except Exception as error:  # noqa: BLE001 the learner would wait for ever for a thread that died in silence
                 self._batches.put(error)
                 return
             if not batch:

@@ -28,8 +28,8 @@ class OptimizerSettings(Settings):
 class ObjectiveSettings(Settings):
     """Which recipe, by name, with what options."""
 
-    name: str = "grpo"
-    """A recipe of learner/objectives/recipes.py. grpo is the one that most readers can compare with."""
+    name: str = "stalewise"
+    """A recipe of learner/objectives/recipes.py (`stalewise objectives` lists them). stalewise is made for old data."""
     options: dict[str, JsonValue] = Field(default_factory=dict)
     """The recipe's own options; an unknown one is an error at start. {} = the recipe's defaults."""
 

@@ -18,8 +18,9 @@ from learner.objectives.objective import Loss, Objective
 from learner.optimizer import learning_rate, make_optimizer
 from learner.policy import Forward, Policy
 from learner.reference import REFERENCE_COLUMNS, Reference
+from learner.scoring import available_divergences
 from learner.settings import LearnerSettings
-from learner.tokens import Tokens
+from learner.tokens import DIVERGENCES, Tokens
 
 Diagnose = Callable[[Tokens, Loss], Mapping[str, float]]
 """What is worth knowing about a batch and its loss, by metric name (learner.objectives.diagnostics)."""
@@ -65,7 +66,9 @@ class Trainer:
         TrustRegionClosed after the last of too many updates in which a gate closed every token.
         """
         started_s = self._now()
-        forward = self.policy.forward(batch, self.objective.columns - REFERENCE_COLUMNS)
+        # divergences are computed wherever they can be: diagnostics then report them instead of estimates
+        wanted = self.objective.columns - REFERENCE_COLUMNS - DIVERGENCES
+        forward = self.policy.forward(batch, wanted | available_divergences(batch.distributions))
         tokens = self.tokens(batch, forward)
         loss = self.objective(tokens, self.multipliers)
         forward_s = self._now()

@@ -4,7 +4,7 @@ Legend: B trajectories, T response positions (longest of the batch), G groups. P
 False. What stands behind the mask may be anything, even nan: `cleaned` puts 0 there before any piece computes.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -31,11 +31,17 @@ class Column(StrEnum):
     REFERENCE_FIRST_LOGIT = "reference_first_logit"
     PROXIMAL_LOGPROBS = "proximal_logprobs"
     ENTROPY = "entropy"
-    SUM_SQUARED_PROBS = "sum_squared_probs"
+    OTHER_SQUARED_PROBS = "other_squared_probs"
+    EXACT_KL = "exact_kl"
+    EXACT_TV = "exact_tv"
+    KL_LOWER_BOUND = "kl_lower_bound"
 
 
 PER_TRAJECTORY = frozenset({Column.FIRST_LOGIT, Column.REFERENCE_FIRST_LOGIT})
 """Columns [B]; the others are [B, T]."""
+
+DIVERGENCES = frozenset({Column.EXACT_KL, Column.EXACT_TV, Column.KL_LOWER_BOUND})
+"""Columns that need the distributions that the tokens were drawn from (actor.ship_distributions)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +59,7 @@ class Tokens:
     group: Tensor
     """[B] int64 in [0, G), G <= B: trajectories of one prompt. Groups arrive whole."""
     episode: Tensor
-    """[B] int64: trajectories of one episode share a number; they count once in the baseline."""
+    """[B] int64 in [0, B): trajectories of one episode share a number; they count once in the baseline."""
     age_updates: Tensor
     """[B, T] int64: learner clock - version of the token's span; -1 where the token is foreign or masked."""
     token_rewards: Tensor | None = None
@@ -61,9 +67,14 @@ class Tokens:
     columns: dict[Column, Tensor] = field(default_factory=dict)
     """unit_logprobs [B, T]: log pi_theta at temperature 1. reference_logprobs [B, T]: the reference, temperature 1.
     first_logit [B]: raw logit of the first trained token; reference_first_logit [B]: the reference's.
-    proximal_logprobs, entropy, sum_squared_probs: [B, T]."""
+    proximal_logprobs, entropy: [B, T]. other_squared_probs [B, T]: sum of pi^2 over all tokens but the drawn one.
+    exact_kl, exact_tv [B, T]: KL(behavior || policy) in nats and total variation over the whole vocabulary, under the
+    sampling settings. kl_lower_bound [B, T]: what the shipped ids prove of that KL."""
+
+    _known: dict[Callable[["Tokens"], Tensor], Tensor] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "_known", {})  # a changed copy starts with nothing known
         shape = self.logprobs.shape
         assert len(shape) == 2, f"logprobs must be [B, T], got {tuple(shape)}"
         for name in ("behavior_logprobs", "mask", "age_updates"):
@@ -82,12 +93,19 @@ class Tokens:
     @property
     def num_tokens(self) -> Tensor:
         """[] the number of trained tokens N, gated or not."""
-        return self.mask.sum()
+        return self.mask.count_nonzero()
 
     @property
     def lengths(self) -> Tensor:
         """[B] trained tokens of each trajectory."""
         return self.mask.sum(-1)
+
+    def once(self, piece: Callable[["Tokens"], Tensor]) -> Tensor:
+        """Return piece(self), computed by whoever asks first, with its graph even if a gate without gradient asks."""
+        if piece not in self._known:
+            with torch.enable_grad():
+                self._known[piece] = piece(self)
+        return self._known[piece]
 
 
 def cleaned(tokens: Tokens, columns: Collection[Column]) -> Tokens:
@@ -99,9 +117,9 @@ def cleaned(tokens: Tokens, columns: Collection[Column]) -> Tokens:
     if missing := sorted(set(columns) - set(tokens.columns)):
         raise MissingColumns(
             f"this objective needs the columns {', '.join(missing)}, which the batch does not have",
-            hint="ask the forward pass, or give them in the batch file",
+            hint="ask the forward pass, or give them in the batch file; divergences need shipped distributions",
         )
-    trained_rows = tokens.mask.any(-1)
+    trained_rows = tokens.lengths > 0
     fields = {
         "logprobs": tokens.logprobs,
         "behavior_logprobs": tokens.behavior_logprobs,
@@ -114,7 +132,8 @@ def cleaned(tokens: Tokens, columns: Collection[Column]) -> Tokens:
         name: torch.where(tokens.mask if value.dim() == 2 else trained_rows, value.float(), 0.0)
         for name, value in fields.items()
     }
-    if not torch.stack([value.isfinite().all() for value in clean.values()]).all():  # one transfer for all of them
+    extremes = torch.stack([extreme for value in clean.values() for extreme in value.detach().aminmax()])
+    if not extremes.isfinite().all():  # nan reaches both extremes; one transfer for all of them
         raise _non_finite(clean)
     return replace(
         tokens,

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import AutoTokenizer
 
 from actor.engine import Engine
 from actor.loop import ActorLoop
@@ -25,10 +24,12 @@ from actor.settings import ActorSettings
 from actor.spool import Spool, SpoolInUse
 from actor.status import Pulse, Status
 from actor.tasks import Task, make_task
+from actor.tokenizer import load_tokenizer
 from actor.weight_sync import WeightSync
 from buffer.client import HttpTable, HttpWeightStore, ServiceClient
 from buffer.errors import InvalidSettings, RunMismatch
 from buffer.fingerprint import model_fingerprint
+from services.model_dir import local_model_dir
 
 if TYPE_CHECKING:
     from services.settings import RunConfig
@@ -44,10 +45,11 @@ def run_actor(config: "RunConfig", *, actor_id: str | None = None, engine: str |
 
     Raises InvalidSettings, SpoolInUse, RunMismatch, ServiceUnreachable, and what ends the loop.
     """
-    make_engine = _engine_maker(engine or config.actor.engine)
-    fingerprint = model_fingerprint(config.run.model)
+    make_engine = _engine_maker(engine or config.actor.engine, config.actor)
+    model_dir = local_model_dir(config.run.model)
+    fingerprint = model_fingerprint(model_dir)
+    task = make_task(config.actor.task, load_tokenizer(model_dir))
     _check_run(config, fingerprint)
-    task = make_task(config.actor.task, AutoTokenizer.from_pretrained(config.run.model, local_files_only=True))
     name, directory, spool = _claim(config, actor_id)
     with closing(spool), closing(_client(config, retry_budget_s=0.0)) as client:  # the loops have their own patience
         stop = threading.Event()
@@ -56,7 +58,7 @@ def run_actor(config: "RunConfig", *, actor_id: str | None = None, engine: str |
         log.info("actor %s of run %s, %d groups in the spool", name, config.run.name, spool.num_groups)
         seeds = _seeds(config.run.seed, name, _count_start(directory))
         process = _Process(config, name, fingerprint, directory, spool, client, stop)
-        process.run(make_engine(config.actor, config.run.model, int(seeds.generate_state(1)[0])), task, seeds)
+        process.run(make_engine(config.actor, model_dir, int(seeds.generate_state(1)[0])), task, seeds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +123,7 @@ class _Process:
 def _torch_engine(settings: ActorSettings, model_dir: Path, seed: int) -> Engine:
     from actor.torch_engine import TorchEngine
 
-    return TorchEngine(model_dir, seed=seed)
+    return TorchEngine(model_dir, seed=seed, ship_distributions=settings.ship_distributions)
 
 
 def _vllm_engine(settings: ActorSettings, model_dir: Path, seed: int) -> Engine:
@@ -134,9 +136,14 @@ _ENGINES: dict[str, Callable[[ActorSettings, Path, int], Engine]] = {"torch": _t
 """Each imports its framework only when it is chosen."""
 
 
-def _engine_maker(name: str) -> Callable[[ActorSettings, Path, int], Engine]:
+def _engine_maker(name: str, settings: ActorSettings) -> Callable[[ActorSettings, Path, int], Engine]:
     if name not in _ENGINES:
         raise InvalidSettings(f"engine {name!r} is unknown", hint=f"choose one of {', '.join(_ENGINES)}")
+    if settings.ship_distributions and name != "torch":
+        raise InvalidSettings(
+            f"actor.ship_distributions is set, but engine {name} reports the log-probs of a few ids alone",
+            hint="use actor.engine = torch, or leave the setting out: trust regions then use sampled stand-ins",
+        )
     return _ENGINES[name]
 
 

@@ -22,7 +22,10 @@ _UPLOAD_CHUNK_BYTES = 1 << 20
 
 
 def sent_media_type(request: Request) -> str:
-    """Return the encoding of a request's body. Raises UnsupportedMediaType."""
+    """Return the encoding of a request's body. Raises UnsupportedMediaType, for compressed bodies too."""
+    coding = request.headers.get("content-encoding", "identity")
+    if coding.strip().lower() != "identity":
+        raise UnsupportedMediaType(f"cannot read Content-Encoding {coding!r}", hint="send the body uncompressed")
     header = request.headers.get("content-type", "")
     media_type = header.partition(";")[0].strip().lower()
     if media_type not in (JSON, MSGPACK):

@@ -58,7 +58,7 @@ def browse_operations(context: ServiceContext) -> Sequence[Operation]:
             answers={200: StoredGroup},
             problems=(404, 406, 422, 503),
         ),
-        Operation(route="GET /v1/export", endpoint=export, answers={200: JSON_LINES}, problems=(503,)),
+        Operation(route="GET /v1/export", endpoint=export, answers={200: (JSON_LINES,)}, problems=(503,)),
     )
 
 

@@ -26,8 +26,13 @@ def page_operations() -> Sequence[Operation]:
         return _file(contents, name)
 
     return (
-        Operation(route="GET /", endpoint=page, answers={200: "text/html"}),
-        Operation(route="GET /static/{name}", endpoint=static_file, answers={200: "text/plain"}, problems=(404, 422)),
+        Operation(route="GET /", endpoint=page, answers={200: ("text/html",)}),
+        Operation(
+            route="GET /static/{name}",
+            endpoint=static_file,
+            answers={200: tuple(_MEDIA_TYPES.values())},
+            problems=(404, 422),
+        ),
     )
 
 

@@ -12,39 +12,46 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from pathlib import Path
 from statistics import median
 
 from rich.console import Console
 from rich.live import Live
-from transformers import AutoTokenizer
 
 from actor.evaluate import held_out_accuracy
-from actor.tasks import HELD_OUT_PROMPTS, make_task
+from actor.tasks import HELD_OUT_PROMPTS, Task, make_task
+from actor.tokenizer import load_tokenizer
 from actor.torch_engine import TorchEngine
-from buffer.client import HttpWeightStore, ServiceClient
+from actor.weight_sync import check_canary
+from buffer.client import ClientSettings, HttpWeightStore, ServiceClient
 from buffer.errors import StalewiseError
 from services.address import read_address
+from services.model_dir import local_model_dir
 from services.processes import Child, ChildFailed, Supervisor
 from services.progress import Snapshot, screen
 from services.report import Summary, plot, read_metrics, result_table
-from services.settings import RunConfig, RunSettings
+from services.settings import RunConfig, RunSettings, connect
 
 POLL_S = 1.0
 """Between two looks at /v1/stats."""
+
+_IMPATIENT = ClientSettings(retry_budget_s=0.0, connect_timeout_s=2.0, read_timeout_s=5.0)
+"""For the watch: while the service is away the screen goes on, and the others are looked after."""
 
 
 def run_demo(config: RunConfig, *, arguments: Sequence[str]) -> Summary:
     """Run the demo in a new directory below run.runs_dir, named after run.name and the time.
 
     `arguments` are the --config and --set options that made `config`: the processes are started with the same.
-    Raises ChildFailed when a process dies too often, and what evaluation and report raise.
+    Raises InvalidSettings for a bad model, ChildFailed when a process dies too often, and what evaluation and report
+    raise.
     """
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # leave through the clean-up, as at Ctrl-C
+    model_dir = local_model_dir(config.run.model)
+    task = make_task(config.actor.task, load_tokenizer(model_dir))  # a bad model is refused before anything is started
     name = _new_run(config.run)
-    config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
+    config = config.model_copy(update={"run": config.run.model_copy(update={"name": name, "model": model_dir})})
     arguments = [*arguments, "--set", f"run.name={json.dumps(name)}"]
-    return Demo(config, arguments=arguments, console=Console()).run()
+    return Demo(config, task=task, arguments=arguments, console=Console()).run()
 
 
 def _new_run(run: RunSettings) -> str:
@@ -63,39 +70,46 @@ def _new_run(run: RunSettings) -> str:
 class Demo:
     """One run of the demo, in the order of its methods."""
 
-    def __init__(self, config: RunConfig, *, arguments: Sequence[str], console: Console) -> None:
+    def __init__(self, config: RunConfig, *, task: Task, arguments: Sequence[str], console: Console) -> None:
         self._config = config
         self._arguments = list(arguments)
         self._console = console
         self._directory = config.run.directory
         self._supervisor = Supervisor(max_restarts=config.demo.max_restarts)
         self._history: list[Snapshot] = []
-        self._task = make_task(
-            config.actor.task, AutoTokenizer.from_pretrained(config.run.model, local_files_only=True)
-        )
+        self._task = task
 
     def run(self) -> Summary:
         """Start, watch, stop, evaluate, report."""
-        before = self._accuracy(Path(self._config.run.model) / "model.safetensors")
+        engine = TorchEngine(self._config.run.model, seed=self._config.run.seed)
+        engine.load(self._config.run.model / "model.safetensors", version=0)
+        before = self._accuracy(engine)
+        started_s = time.monotonic()
         try:
-            client = self._start()
-            started_s = time.monotonic()
-            self._watch(client, lambda: time.monotonic() - started_s)
-            weights = self._final_weights(client, self._directory / "final.safetensors")
+            url = self._start()
+            self._watch(self._client(url, _IMPATIENT), lambda: time.monotonic() - started_s)
+            self._load_final_weights(self._client(url, self._config.client), engine)
         finally:
             self._supervisor.stop()
-        return self._report(before, self._accuracy(weights))
+        return self._report(before, self._accuracy(engine))
 
-    def _start(self) -> ServiceClient:
+    def _start(self) -> str:
         service = self._supervisor.start(self._child("service", ["serve"], {"service.port": "0"}))
         url = self._wait_for_address(service)
         service.arguments = [*service.arguments, "--set", f"service.port={url.rsplit(':', 1)[1]}"]  # for a restart
-        self._supervisor.start(self._child("learner", ["learn", "--resume"], {"service.url": url}))
+        learner = self._child("learner", ["learn", "--resume"], {"service.url": url})
+        learner.may_finish = True
+        self._supervisor.start(learner)
         for number in range(self._config.demo.num_actors):
             name = f"actor-{number}"
             self._supervisor.start(self._child(name, ["act", "--actor-id", name], {"service.url": url}))
-        self._console.print(f"live numbers: [link={url}]{url}[/link]   logs: {self._directory / 'logs'}")
-        return ServiceClient(url)
+        self._console.print(f"live numbers: {url} (or: stalewise stats --set service.url={url})", soft_wrap=True)
+        self._console.print(f"logs: {self._directory / 'logs'}", soft_wrap=True)
+        return url
+
+    def _client(self, url: str, patience: ClientSettings) -> ServiceClient:
+        service = self._config.service.model_copy(update={"url": url})
+        return connect(self._config.model_copy(update={"service": service, "client": patience}))
 
     def _child(self, name: str, command: Sequence[str], settings: dict[str, str]) -> Child:
         overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
@@ -145,17 +159,17 @@ class Demo:
                     return
                 time.sleep(POLL_S)
 
-    def _final_weights(self, client: ServiceClient, path: Path) -> Path:
-        """Download the last published version."""
+    def _load_final_weights(self, client: ServiceClient, engine: TorchEngine) -> None:
+        """Load the last published version, proven by its canary as any actor's would be."""
         store = HttpWeightStore(client)
         manifest = store.latest()
         assert manifest is not None, "a learner that finished has published"
+        path = self._directory / "final.safetensors"
         store.download(manifest.payloads[0], path)
-        return path
+        engine.load(path, manifest.version)
+        check_canary(engine, manifest.probe, version=manifest.version)
 
-    def _accuracy(self, weights: Path) -> float:
-        engine = TorchEngine(Path(self._config.run.model), seed=self._config.run.seed)
-        engine.load(weights, version=0)
+    def _accuracy(self, engine: TorchEngine) -> float:
         return held_out_accuracy(engine, self._task, self._config.actor)
 
     def _report(self, before: float, after: float) -> Summary:
@@ -169,12 +183,12 @@ class Demo:
             held_out_prompts=HELD_OUT_PROMPTS,
             seconds=last.seconds,
             rollouts=last.rollouts,
-            updates=last.updates,
+            updates=round(metrics[-1]["updates"]),
             age_updates_p50=median(record["age/updates_p50"] for record in metrics),
             age_updates_p90=median(record["age/updates_p90"] for record in metrics),
             reuse_mean=last.reuse_mean,
             rollouts_per_s=last.rollouts / last.seconds,
-            updates_per_s=last.updates / last.seconds,
+            updates_per_s=metrics[-1]["updates"] / last.seconds,
             restarts=sum(child.restarts for child in self._supervisor.children),
             groups_by_outcome=dict(last.outcomes),
             settings=self._config.model_dump(mode="json"),
@@ -185,5 +199,5 @@ class Demo:
         with (self._directory / "table.txt").open("w") as file:
             Console(file=file, width=100).print(table)
         self._console.print(table)
-        self._console.print(f"written: {self._directory}/summary.json, table.txt, plot.png")
+        self._console.print(f"written: {self._directory}/summary.json, table.txt, plot.png", soft_wrap=True)
         return summary

@@ -48,7 +48,7 @@ _HINTS: Mapping[int, str] = {
     429: "wait for Retry-After seconds and send the same again",
 }
 _REFUSED = (409, 413, 422, 429)
-_PROBLEMS = (406, 415, 503)
+_PROBLEMS = (406, 413, 415, 422, 503)
 
 
 def intake_operations(context: ServiceContext) -> Sequence[Operation]:

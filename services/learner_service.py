@@ -22,14 +22,16 @@ from buffer.wire import LearnerReport
 from learner.admission import Admission
 from learner.checkpoint import Checkpoints
 from learner.loop import LearnerLoop, take_up
+from learner.objectives.acceptance import acceptance_sentence
 from learner.objectives.diagnostics import diagnose
 from learner.objectives.objective import Objective
 from learner.objectives.recipes import build_objective
-from learner.policy import Policy, local_model_dir
+from learner.policy import Policy
 from learner.publisher import Publisher
 from learner.run_log import RunLog
 from learner.sampling import Prefetcher, selector_schedule
 from learner.step import Progress, Trainer
+from services.model_dir import local_model_dir
 from services.settings import RunConfig, connect, describe
 
 log = logging.getLogger(__name__)
@@ -42,9 +44,10 @@ LOG_EVERY_UPDATES = 10
 class ServiceReporter:
     """Writes metrics to the run's log and posts them to the service; a lost post is counted."""
 
-    def __init__(self, run_log: RunLog, client: ServiceClient) -> None:
+    def __init__(self, run_log: RunLog, client: ServiceClient, *, total_updates: int) -> None:
         self._run_log = run_log
         self._client = client
+        self._total_updates = total_updates
         self._last: Mapping[str, float] = {}
         self._lost = 0
 
@@ -60,6 +63,7 @@ class ServiceReporter:
                 metrics.get("age/updates_p50", math.nan),
                 metrics["time/sample_wait_s"],
             )
+            log.info("%s", acceptance_sentence(metrics))
         self._post(progress, None)
 
     def waiting(self, progress: Progress, wait: Wait) -> None:
@@ -68,7 +72,13 @@ class ServiceReporter:
 
     def _post(self, progress: Progress, wait: Wait | None) -> None:
         finite = {name: value for name, value in self._last.items() if math.isfinite(value)}  # JSON has no others
-        report = LearnerReport(updates=progress.updates, version=progress.clock, metrics=finite, waiting=wait)
+        report = LearnerReport(
+            updates=progress.updates,
+            total_updates=self._total_updates,
+            version=progress.clock,
+            metrics=finite,
+            waiting=wait,
+        )
         try:
             self._client.post_learner_metrics(report)
         except (ServiceUnreachable, StoreUnavailable):
@@ -85,7 +95,7 @@ def run_learner(config: RunConfig, *, resume: bool) -> None:
     transformers_logging.disable_progress_bar()
     log.info("settings\n%s", describe(config))
     objective = build_objective(config.learner.objective.name, config.learner.objective.options)
-    model_dir = local_model_dir(str(config.run.model))
+    model_dir = local_model_dir(config.run.model)
     fingerprint = model_fingerprint(model_dir)
     with ExitStack() as stack:
         stop = stack.enter_context(_stop_on_signals())
@@ -109,6 +119,7 @@ def run_learner(config: RunConfig, *, resume: bool) -> None:
                 max_age_updates=config.table.max_age_updates,
                 vocab_size=trainer.policy.vocab_size,
                 max_positions=trainer.policy.max_positions,
+                columns=objective.columns,
             ),
             publisher=publisher,
             checkpoints=checkpoints,
@@ -177,4 +188,8 @@ def _open_reporter(config: RunConfig, trainer: Trainer, stack: ExitStack) -> Ser
         updates_done=trainer.progress.updates,
     )
     reports = config.model_copy(update={"client": REPORT_CLIENT})
-    return ServiceReporter(stack.enter_context(closing(run_log)), stack.enter_context(closing(connect(reports))))
+    return ServiceReporter(
+        stack.enter_context(closing(run_log)),
+        stack.enter_context(closing(connect(reports))),
+        total_updates=config.learner.total_updates,
+    )

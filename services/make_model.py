@@ -35,7 +35,7 @@ SLIP_PROBABILITY = 0.1
 """Of the teacher's total, a digit: 0.9^16, so about 0.19 of its answers are right."""
 
 OPTIMIZER = OptimizerSettings(lr=3e-3, schedule="linear", warmup_updates=20)
-"""Of the warm-up. At 1e-3 the model does not learn to look its digit up within 425 steps."""
+"""Of the warm-up. 1e-2 learns no faster: docs/demo-recipe.md."""
 
 _log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2Config:
         num_key_value_heads=4,
         tie_word_embeddings=True,
         max_position_embeddings=128,
-        initializer_range=0.08,  # at the usual 0.02 a model this narrow is still guessing after 425 steps
+        initializer_range=0.08,  # from the usual 0.02 a model this narrow is no good copy after 425 steps
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

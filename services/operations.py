@@ -26,10 +26,10 @@ class Operation:
     endpoint: Callable[..., Awaitable[Response]]
     body: type[BaseModel] | bytes | None = None
     """The record that the body holds; b"" for raw bytes."""
-    answers: Mapping[int, type[BaseModel] | bytes | str | None]
-    """Status of success -> record, b"" for raw bytes, a media type for text, None for no body."""
+    answers: Mapping[int, type[BaseModel] | bytes | tuple[str, ...] | None]
+    """Status of success -> record, b"" for raw bytes, the media types of a text, None for no body."""
     refusals: Mapping[int, type[BaseModel]] = field(default_factory=dict)
-    """Status of an error -> its record, where that is more than a Problem."""
+    """Status of an error -> its record, where that is more than a Problem; or a Problem, for a status in both."""
     problems: Sequence[int] = ()
     """Statuses of errors that answer a Problem."""
 
@@ -74,7 +74,8 @@ def _responses(operation: Operation) -> dict[int | str, dict[str, Any]]:
     guarded = (401, 403) if ACCESS[operation.route] is not None else ()
     contents: dict[int, dict[str, Any]] = {status: _content(body) for status, body in operation.answers.items()}
     contents |= {status: _content(Problem) for status in (*operation.problems, *guarded, 500)}
-    contents |= {status: _content(body) for status, body in operation.refusals.items()}
+    for status, body in operation.refusals.items():
+        contents[status] = _either(body, Problem) if status in operation.problems else _content(body)
     return {status: {"description": HTTPStatus(status).phrase, **content} for status, content in contents.items()}
 
 
@@ -87,14 +88,19 @@ def _extra(operation: Operation) -> dict[str, Any]:
     return extra
 
 
-def _content(body: type[BaseModel] | bytes | str | None) -> dict[str, Any]:
+def _content(body: type[BaseModel] | bytes | tuple[str, ...] | None) -> dict[str, Any]:
     if body is None:
         return {}
     if isinstance(body, bytes):
         return {"content": _BINARY}
-    if isinstance(body, str):
-        return {"content": {body: {"schema": {"type": "string"}}}}
+    if isinstance(body, tuple):
+        return {"content": {media_type: {"schema": {"type": "string"}} for media_type in body}}
     schema = {"schema": {"$ref": _REFERENCE.format(model=body.__name__)}}
+    return {"content": {JSON: schema, MSGPACK: schema}}
+
+
+def _either(*models: type[BaseModel]) -> dict[str, Any]:
+    schema = {"schema": {"anyOf": [{"$ref": _REFERENCE.format(model=model.__name__)} for model in models]}}
     return {"content": {JSON: schema, MSGPACK: schema}}
 
 
@@ -102,7 +108,7 @@ def _schemas(operations: Sequence[Operation]) -> dict[str, Any]:
     models: set[type[BaseModel]] = {Problem}
     for operation in operations:
         for body in (operation.body, *operation.answers.values(), *operation.refusals.values()):
-            if body is not None and not isinstance(body, bytes | str):
+            if body is not None and not isinstance(body, bytes | tuple):
                 models.add(body)
     ordered = sorted(models, key=lambda model: model.__name__)
     _, schema = models_json_schema([(model, "validation") for model in ordered], ref_template=_REFERENCE)

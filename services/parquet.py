@@ -92,6 +92,7 @@ def _schema() -> Any:
         "episode_id": text,
         "kept_token_ids": ids,
         "kept_token_counts": ids,
+        "distribution_logprobs": numbers,
         "columns": arrow.map_(text, numbers),
     }
     return arrow.schema(columns, metadata={_SCHEMA_KEY: str(SCHEMA)})

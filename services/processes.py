@@ -1,5 +1,6 @@
 """Child processes of one run: started with their own log, watched, restarted when they die, ended by SIGTERM."""
 
+import ctypes
 import signal
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from buffer.errors import StalewiseError
+from buffer.errors import InvalidSettings, StalewiseError
 
 STOP_TIMEOUT_S = 30.0
 """A child that drains longer than this is killed; draining takes a step or a request, seconds at most."""
@@ -22,6 +23,8 @@ class Child:
     """What follows `stalewise` on the command line."""
     log_path: Path
     environment: Mapping[str, str]
+    may_finish: bool = False
+    """Whether exit code 0 is the end of its work rather than a death."""
     process: subprocess.Popen[bytes] | None = None
     restarts: int = 0
 
@@ -36,6 +39,7 @@ class Child:
                 stderr=subprocess.STDOUT,
                 env=dict(self.environment),
                 start_new_session=True,  # Ctrl-C reaches the supervisor alone, which then drains in order
+                preexec_fn=_end_with_parent,
             )
 
     @property
@@ -60,6 +64,13 @@ class Child:
             self.process.wait()
 
 
+def _end_with_parent() -> None:
+    """Have the kernel send SIGTERM to this process when its parent dies, kill -9 included; Linux only."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
 class ChildFailed(StalewiseError):
     """A process of the run ended on its own more often than it may."""
 
@@ -79,13 +90,16 @@ class Supervisor:
         return child
 
     def check(self) -> None:
-        """Restart every child that ended with an error. Raises ChildFailed when one used up its restarts."""
+        """Restart every child that died.
+
+        Raises ChildFailed when one used up its restarts, or refused its settings: it would refuse them again.
+        """
         for child in self.children:
             code = child.exit_code
-            if code is None or code == 0:
+            if code is None or (code == 0 and child.may_finish):
                 continue
             how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-            if child.restarts >= self.max_restarts:
+            if child.restarts >= self.max_restarts or code == InvalidSettings.exit_code:
                 raise ChildFailed(
                     f"{child.name} {how} after {child.restarts} restarts; its last lines:\n{child.last_words()}",
                     hint=f"see {child.log_path}",

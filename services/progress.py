@@ -42,18 +42,12 @@ class Snapshot:
             version=table["latest_version"],
             rollouts=table["num_trajectories_total"],
             stored_groups=table["num_groups"],
-            reuse_mean=_reuse_mean(table),
+            reuse_mean=table["reuse_mean"],
             metrics=learner.get("metrics", {}),
             waits=[f"{wait['who']} for {wait['since_s']:.0f} s: {wait['reason']}" for wait in table["waits"]],
             actors=[f"{actor['actor_id']} v{actor['version']} {actor['state']}" for actor in stats["actors"]],
             outcomes=table["outcomes"],
         )
-
-
-def _reuse_mean(table: Mapping[str, Any]) -> float:
-    removed_unsampled = sum(count for reason, count in table["removed"].items() if reason.endswith("_unsampled"))
-    used = table["inserted_total"] - table["num_fresh"] - removed_unsampled
-    return table["sampled_total"] / used if used else 0.0
 
 
 def rate(history: Sequence[Snapshot], field: str, *, window_s: float = 5.0) -> float:

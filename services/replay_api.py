@@ -172,8 +172,8 @@ def _status_operations(context: ServiceContext, guard: Guard) -> Sequence[Operat
             answers={204: None},
             problems=(413, 415, 422, 503),
         ),
-        Operation(route="GET /healthz", endpoint=healthz, answers={200: "text/plain"}),
-        Operation(route="GET /readyz", endpoint=readyz, answers={200: "text/plain"}, problems=(503,)),
+        Operation(route="GET /healthz", endpoint=healthz, answers={200: ("text/plain",)}),
+        Operation(route="GET /readyz", endpoint=readyz, answers={200: ("text/plain",)}, problems=(503,)),
     )
 
 

@@ -11,6 +11,7 @@ import errno
 import logging
 import signal
 import socket
+import tempfile
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -44,15 +45,15 @@ _REDIS_DEAD_AFTER = 3
 def run_service(config: RunConfig) -> None:
     """Serve until SIGTERM or SIGINT.
 
-    Raises InvalidSettings (a port in use, no token on an open bind, a Redis that promises too little) and
-    StoreUnavailable (Redis does not answer, or our own one died).
+    Raises InvalidSettings (a port in use, no token on an open bind, a directory that cannot be written, a Redis that
+    promises too little) and StoreUnavailable (Redis does not answer, or our own one died).
     """
     service, directory = config.service, config.run.directory
     check_bind(service.host, service.tokens)
     log.info("settings\n%s", describe(config))
     with ExitStack() as stack:
         listener = stack.enter_context(_listener(service.host, service.port))
-        directory.mkdir(parents=True, exist_ok=True)
+        _make_directory(directory)
         redis_url = service.redis_url or stack.enter_context(redis_server(directory / "redis", config.redis))
         client = stack.enter_context(connect(redis_url))
         context = _context(config, client)
@@ -67,6 +68,17 @@ def run_service(config: RunConfig) -> None:
         remove_address(directory)
         server.raise_failure()
     log.info("the service has ended")
+
+
+def _make_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise InvalidSettings(
+            f"the run's directory {directory} cannot be written: {error.strerror}", hint="set run.runs_dir"
+        ) from error
 
 
 def _context(config: RunConfig, client: redis.Redis) -> ServiceContext:

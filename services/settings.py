@@ -1,8 +1,8 @@
 """All sections of settings in one record, and where they come from.
 
 Later wins: defaults, the TOML file of --config, the environment (STALEWISE_TABLE__CAPACITY_GROUPS=1000), --set
-table.capacity_groups=1000. Values outside TOML are TOML or JSON literals; bare words are strings. Unknown keys are
-errors.
+table.capacity_groups=1000. Values outside TOML are TOML or JSON literals; bare words are strings, and so are numbers
+where a text is wanted. Unknown keys are errors.
 """
 
 import difflib
@@ -11,15 +11,16 @@ import threading
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, Field, JsonValue, ValidationError
+from pydantic import BaseModel, Field, JsonValue, SecretStr, ValidationError
 
 from actor.settings import ActorSettings
 from buffer.connection import ClientSettings, ServiceClient
-from buffer.errors import InvalidSettings
-from buffer.rate_limiter import RateLimiterSettings
+from buffer.errors import InvalidRequest, InvalidSettings
+from buffer.rate_limiter import RateLimiterSettings, check_draw, check_settings
 from buffer.redis_server import RedisSettings
+from buffer.selectors import check_weighting
 from buffer.settings import Settings
 from buffer.table import TableSettings
 from buffer.types import Identifier
@@ -39,7 +40,8 @@ class RunSettings(Settings):
     runs_dir: Path = Path("runs")
     """Where the directories of runs are."""
     model: Path = Path("models/running-sums")
-    """Local model directory: config, tokenizer and, for the learner, the initial weights."""
+    """Local model directory (config, tokenizer and, for the learner, the initial weights), or the name of a model that
+    `hf download` has put into the local hub cache. Nothing is downloaded."""
     seed: int = 0
     """Seed of every random generator of the run."""
 
@@ -88,29 +90,28 @@ class RunConfig(Settings):
 def load_config(
     path: Path | None, *, overrides: Sequence[str] = (), environment: Mapping[str, str] | None = None
 ) -> RunConfig:
-    """Return the resolved settings. Raises InvalidSettings with one sentence that names the key."""
+    """Return the resolved settings.
+
+    Raises InvalidSettings with one sentence that names the key, or the keys that cannot go together.
+    """
     tree = _read_toml(path) if path else {}
     for name, text in sorted((environment or {}).items()):
         if name.startswith(PREFIX):
-            _assign(tree, name.removeprefix(PREFIX).lower().split("__"), _literal(text, name), name)
-    for key, value in parse_assignments(overrides).items():
-        _assign(tree, key.split("."), value, key)
+            _assign_text(tree, name.removeprefix(PREFIX).lower().split("__"), text, name)
+    for key, text in _split(overrides):
+        _assign_text(tree, key.split("."), text, key)
     _refuse_unknown(tree, source=path)
     try:
-        return RunConfig.model_validate(tree)
+        config = RunConfig.model_validate(tree)
     except ValidationError as error:
         raise InvalidSettings(_fault(error)) from None
+    _check_pacing(config)
+    return config
 
 
 def parse_assignments(assignments: Sequence[str]) -> dict[str, JsonValue]:
     """Return what `key=value` texts of --set say, later ones winning. Raises InvalidSettings."""
-    values: dict[str, JsonValue] = {}
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals or not key.strip():
-            raise InvalidSettings(f"--set {assignment} is not key=value", hint="write for example --set table.ttl_s=60")
-        values[key.strip()] = _literal(text, key)
-    return values
+    return {key: _literal(text, key) for key, text in _split(assignments)}
 
 
 def describe(config: RunConfig) -> str:
@@ -129,6 +130,25 @@ def connect(config: RunConfig, *, stopping: threading.Event | None = None) -> Se
     return ServiceClient(url, token=token, settings=config.client, stopping=stopping)
 
 
+def _check_pacing(config: RunConfig) -> None:
+    """Raise InvalidSettings when table, limiter and learner could block a run for ever together."""
+    check_settings(config.table, config.limiter)
+    learner = config.learner
+    selectors = {"selector": learner.selector}
+    if learner.replay_updates:
+        selectors["replay_selector"] = learner.replay_selector
+    for name, selector in selectors.items():
+        try:
+            check_weighting(selector, config.table.weighting)
+            check_draw(learner.groups_per_update, selector, config.limiter)
+        except InvalidRequest as error:
+            raise InvalidSettings(
+                f"learner.groups_per_update={learner.groups_per_update} by learner.{name} can never be served: "
+                f"{error.detail}",
+                hint=error.hint,
+            ) from None
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -136,6 +156,36 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise InvalidSettings(f"cannot read {path}: {error.strerror}", hint="give --config an existing file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidSettings(f"{path} is not TOML: {error}") from error
+
+
+def _split(assignments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key.strip():
+            raise InvalidSettings(f"--set {assignment} is not key=value", hint="write for example --set table.ttl_s=60")
+        yield key.strip(), text
+
+
+def _assign_text(tree: dict[str, Any], keys: Sequence[str], text: str, source: str) -> None:
+    """Assign what a text means; where the setting is a text itself, numbers and dates stay as they were written."""
+    value = _literal(text, source)
+    if _takes_text(keys) and not isinstance(value, str | list | dict | bool | None):
+        value = text
+    _assign(tree, keys, value, source)
+
+
+def _takes_text(keys: Sequence[str]) -> bool:
+    annotation: object = RunConfig
+    for key in keys:
+        section = _section(annotation)
+        if section is None or key not in section.model_fields:
+            return False
+        annotation = section.model_fields[key].annotation
+    return _is_text(annotation)
+
+
+def _is_text(annotation: object) -> bool:
+    return annotation in (str, SecretStr, Path) or any(_is_text(part) for part in get_args(annotation))
 
 
 def _literal(text: str, source: str) -> JsonValue:

@@ -21,13 +21,16 @@ _CHUNK_BYTES = 1 << 20
 _IMMUTABLE = "public, max-age=31536000, immutable"
 
 BlobName = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$")]
-Version = Annotated[int, Path(ge=0)]
+Version = Annotated[int, Path(ge=0, lt=1 << 53)]
 
 
 def weight_operations(context: ServiceContext) -> Sequence[Operation]:
     """Return the weights operations of one service; `latest` precedes `{version}`."""
-    bell = _VersionBell(context)
-    weights, settings, run_id = context.weights, context.settings, context.run_id
+    return *_blob_operations(context), *_read_operations(context), _publish_operation(context)
+
+
+def _blob_operations(context: ServiceContext) -> Sequence[Operation]:
+    weights, settings = context.weights, context.settings
 
     async def put_blob(request: Request, sha256: BlobName) -> Response:
         """Store a payload under its sha256; storing it twice is harmless."""
@@ -35,18 +38,30 @@ def weight_operations(context: ServiceContext) -> Sequence[Operation]:
         await run_in_threadpool(weights.put_blob, sha256, chunks)
         return Response(status_code=204)
 
-    async def publish(request: Request, version: Version) -> Response:
-        """Commit a version whose payloads are stored; the table's clock advances with it."""
-        media_type = sent_media_type(request)
-        raw = await read_body(request, max_bytes=settings.max_body_bytes)
-        manifest = parse(Manifest, decode(raw, media_type))
-        if manifest.version != version:
-            raise InvalidRequest(f"the path says version {version}, the manifest {manifest.version}")
-        if manifest.run_id != run_id:
-            raise RunMismatch(f"the manifest is of run {manifest.run_id}, this service serves {run_id}")
-        await run_in_threadpool(weights.publish, manifest)
-        await run_in_threadpool(context.table.advance_version, manifest.version)
-        return Response(status_code=204)
+    async def get_blob(request: Request, sha256: BlobName) -> Response:
+        """Return a payload, or one range of it. It never changes: any HTTP cache may keep it."""
+        path = await run_in_threadpool(weights.blob_path, sha256)
+        return _file_response(request, path, etag=f'"{sha256}"')
+
+    return (
+        Operation(
+            route="PUT /v1/weights/blobs/{sha256}",
+            endpoint=put_blob,
+            body=b"",
+            answers={204: None},
+            problems=(413, 422, 503),
+        ),
+        Operation(
+            route="GET /v1/weights/blobs/{sha256}",
+            endpoint=get_blob,
+            answers={200: b"", 206: b"", 304: None},
+            problems=(404, 416, 422),
+        ),
+    )
+
+
+def _read_operations(context: ServiceContext) -> Sequence[Operation]:
+    bell, weights = _VersionBell(context), context.weights
 
     async def latest(
         request: Request,
@@ -69,25 +84,7 @@ def weight_operations(context: ServiceContext) -> Sequence[Operation]:
         media_type = wanted_media_type(request)
         return answer(await run_in_threadpool(weights.manifest, version), media_type)
 
-    async def get_blob(request: Request, sha256: BlobName) -> Response:
-        """Return a payload, or one range of it. It never changes: any HTTP cache may keep it."""
-        path = await run_in_threadpool(weights.blob_path, sha256)
-        return _file_response(request, path, etag=f'"{sha256}"')
-
     return (
-        Operation(
-            route="PUT /v1/weights/blobs/{sha256}",
-            endpoint=put_blob,
-            body=b"",
-            answers={204: None},
-            problems=(413, 422, 503),
-        ),
-        Operation(
-            route="GET /v1/weights/blobs/{sha256}",
-            endpoint=get_blob,
-            answers={200: b"", 206: b"", 304: None},
-            problems=(404, 416, 422),
-        ),
         Operation(
             route="GET /v1/weights/latest",
             endpoint=latest,
@@ -95,18 +92,34 @@ def weight_operations(context: ServiceContext) -> Sequence[Operation]:
             problems=(406, 422, 503),
         ),
         Operation(
-            route="PUT /v1/weights/{version}",
-            endpoint=publish,
-            body=Manifest,
-            answers={204: None},
-            problems=(404, 409, 413, 415, 422, 503),
-        ),
-        Operation(
             route="GET /v1/weights/{version}",
             endpoint=manifest_of,
             answers={200: Manifest},
             problems=(404, 406, 422, 503),
         ),
+    )
+
+
+def _publish_operation(context: ServiceContext) -> Operation:
+    async def publish(request: Request, version: Version) -> Response:
+        """Commit a version whose payloads are stored; the table's clock advances with it."""
+        media_type = sent_media_type(request)
+        raw = await read_body(request, max_bytes=context.settings.max_body_bytes)
+        manifest = parse(Manifest, decode(raw, media_type))
+        if manifest.version != version:
+            raise InvalidRequest(f"the path says version {version}, the manifest {manifest.version}")
+        if manifest.run_id != context.run_id:
+            raise RunMismatch(f"the manifest is of run {manifest.run_id}, this service serves {context.run_id}")
+        await run_in_threadpool(context.weights.publish, manifest)
+        await run_in_threadpool(context.table.advance_version, manifest.version)
+        return Response(status_code=204)
+
+    return Operation(
+        route="PUT /v1/weights/{version}",
+        endpoint=publish,
+        body=Manifest,
+        answers={204: None},
+        problems=(404, 409, 413, 415, 422, 503),
     )
 
 

@@ -8,6 +8,13 @@ import pytest
 from buffer.redis_server import RedisSettings, redis_server
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options that make the long tests longer than in `make test`; budgets are counted, never timed."""
+    parser.addoption("--chaos-kills", type=int, default=5, help="kills of each chaos test (make test-chaos: 100)")
+    parser.addoption("--chaos-seed", type=int, default=1, help="whom they hit, and when")
+    parser.addoption("--fuzz-scale", type=float, default=1.0, help="executions of the fuzzers (make test-fuzz: 60)")
+
+
 class Clock:
     """A time that moves when a test says so; seconds since 1970."""
 

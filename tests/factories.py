@@ -30,6 +30,7 @@ def make_trajectory(
     episode_id: str | None = None,
     kept_token_ids: Sequence[int] | None = None,
     kept_token_counts: Sequence[int] | None = None,
+    distribution_logprobs: Sequence[float] | None = None,
     columns: dict[str, Sequence[float]] | None = None,
 ) -> Trajectory:
     """Return a trajectory of T = len(response_ids) tokens.
@@ -55,6 +56,7 @@ def make_trajectory(
         episode_id=episode_id,
         kept_token_ids=None if kept_token_ids is None else np.asarray(kept_token_ids, np.int32),
         kept_token_counts=None if kept_token_counts is None else np.asarray(kept_token_counts, np.int32),
+        distribution_logprobs=None if distribution_logprobs is None else np.asarray(distribution_logprobs, np.float32),
         columns={name: np.asarray(column, np.float32) for name, column in (columns or {}).items()},
     )
 

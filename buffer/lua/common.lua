@@ -50,6 +50,8 @@
 --                        of sealing or of the last refused insert
 -- partial:<id>   hash    fields (prompt_id, split and group_size as one text), count, bytes,
 --                        t:<trajectory_id> = encoded trajectory
+-- presence       hash    no script reads it; services/presence.py keeps the last heartbeat of each actor and the learner's
+--                        last report there, as JSON by name
 -- draw:<request> string  cmsgpack {request, time in seconds, list of {sequence, uses, age, probability}}, expires
 
 local prefix = KEYS[1]

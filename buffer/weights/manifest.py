@@ -34,7 +34,7 @@ class Manifest(Record):
     """Everything an actor needs to load a version and to prove that it did."""
 
     run_id: Identifier
-    version: Annotated[PolicyVersion, Field(ge=0)]
+    version: Annotated[PolicyVersion, Field(ge=0, lt=1 << 53)]
     created_s: float
     """Unix time at publication, seconds."""
     model_fingerprint: Sha256

@@ -11,16 +11,19 @@ from learner.objectives.objective import Advantage
 from learner.tokens import Tokens
 
 
+@Advantage
 def no_baseline(tokens: Tokens) -> Tensor:
     """r."""
     return tokens.rewards[:, None]
 
 
+@Advantage
 def group_mean(tokens: Tokens) -> Tensor:
     """r - mean(r of the group)."""
     return _centred(tokens).float()[:, None]
 
 
+@Advantage
 def leave_one_out(tokens: Tokens) -> Tensor:
     """r - mean(r of the other episodes of the group) = n / (n - 1) * (r - mean)."""
     episodes = _episodes_in_group(tokens)
@@ -31,6 +34,7 @@ def leave_one_out(tokens: Tokens) -> Tensor:
 def standardised(*, lost_degrees: int, epsilon: float) -> Advantage:
     """(r - mean) / (std + epsilon), std = sqrt(sum of squares / (n - lost_degrees)); 1 is the sample std."""
 
+    @Advantage
     def advantage(tokens: Tokens) -> Tensor:
         episodes, centred = _episodes_in_group(tokens), _centred(tokens)
         squares = _sum_over_group(tokens, centred.square())
@@ -41,6 +45,7 @@ def standardised(*, lost_degrees: int, epsilon: float) -> Advantage:
     return advantage
 
 
+@Advantage
 def batch_normalised(tokens: Tokens) -> Tensor:
     """(r - mean of the group) / (std over the batch of that + 1e-8), counting trajectories (arXiv 2501.03262)."""
     centred = _centred(tokens)
@@ -49,7 +54,7 @@ def batch_normalised(tokens: Tokens) -> Tensor:
 
 def shifted(advantage: Advantage, *, by: float) -> Advantage:
     """advantage + by: above 0 it leans on good answers, below 0 on bad ones."""
-    return lambda tokens: advantage(tokens) + by
+    return Advantage(lambda tokens: advantage(tokens) + by, advantage.columns)
 
 
 def _centred(tokens: Tokens) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from buffer.errors import InvalidRequest
 from buffer.settings import Settings
-from buffer.types import VersionSpan
+from buffer.types import MASS_TOLERANCE, VersionSpan
+from learner.divergence import kl_divergence, kl_lower_bound, total_variation
 from learner.objectives.diagnostics import diagnose
 from learner.objectives.recipes import build_objective
 from learner.tokens import PER_TRAJECTORY, Column, Tokens
@@ -42,6 +43,8 @@ class TrajectoryEntry(Settings):
     """[T][V] raw logits of the policy, for small vocabularies: give `logprobs` and the policy's columns."""
     reference_logits: list[list[float]] | None = None
     """[T][V] raw logits of the reference: give its columns."""
+    behavior_logits: list[list[float]] | None = None
+    """[T][V] raw logits of the policy that drew the tokens: with `logits` they give the divergences."""
     token_ids: list[int] | None = None
     """[T] the tokens that were drawn; needed with logits."""
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
@@ -53,11 +56,14 @@ class TrajectoryEntry(Settings):
             raise ValueError("give either logprobs or logits")
         if (self.logits or self.reference_logits) and self.token_ids is None:
             raise ValueError("logits need token_ids")
+        if self.behavior_logits and not self.logits:
+            raise ValueError("behavior_logits need logits: a divergence is between the two")
         sized: dict[str, Sequence[object] | None] = {
             "logprobs": self.logprobs,
             "mask": self.mask,
             "logits": self.logits,
             "reference_logits": self.reference_logits,
+            "behavior_logits": self.behavior_logits,
             "token_ids": self.token_ids,
         }
         for column, value in self.columns.items():
@@ -180,8 +186,28 @@ def _scored(entry: TrajectoryEntry) -> tuple[Tensor, dict[Column, Tensor]]:
     computed[Column.UNIT_LOGPROBS] = _chosen(raw.log_softmax(-1), ids)
     computed[Column.FIRST_LOGIT] = _chosen(raw, ids)[first : first + 1]
     computed[Column.ENTROPY] = torch.special.entr(logprobs.exp()).sum(-1)
-    computed[Column.SUM_SQUARED_PROBS] = (2 * logprobs).exp().sum(-1)
+    squares = (2 * logprobs).exp().scatter(-1, ids[:, None], 0.0)
+    computed[Column.OTHER_SQUARED_PROBS] = squares.sum(-1)
+    if entry.behavior_logits is not None:
+        computed |= _divergences(entry, logprobs, ids)
     return _chosen(logprobs, ids), computed | given
+
+
+def _divergences(entry: TrajectoryEntry, policy: Tensor, ids: Tensor) -> dict[Column, Tensor]:
+    """[T] each. Raises InvalidRequest when the logits contradict the behaviour log-probs of drawn tokens."""
+    raw = _logits("behavior_logits", entry.behavior_logits or [], ids)
+    if raw.shape != policy.shape:
+        raise InvalidRequest(f"behavior_logits are {list(raw.shape)}, logits {list(policy.shape)}: give one vocabulary")
+    behavior = (raw / entry.temperature).log_softmax(-1)
+    trained, stated = torch.tensor(entry.trained), torch.tensor(entry.behavior_logprobs)
+    apart = (_chosen(behavior, ids) - stated)[trained].abs().max().item()
+    if not apart <= MASS_TOLERANCE:
+        raise InvalidRequest(f"behavior_logits and behavior_logprobs differ by {apart:.3g} nats at a drawn token")
+    return {
+        Column.EXACT_KL: kl_divergence(behavior, policy),
+        Column.EXACT_TV: total_variation(behavior, policy),
+        Column.KL_LOWER_BOUND: kl_lower_bound(behavior, policy),
+    }
 
 
 def _logits(name: str, rows: list[list[float]], ids: Tensor) -> Tensor:

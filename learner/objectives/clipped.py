@@ -24,7 +24,7 @@ def clipped_policy(
     weight: TokenPiece | None = None,
     gates: Mapping[str, Gate] = NO_GATES,
     coefficient: float = 1.0,
-    columns: frozenset[Column] = frozenset(),
+    reads: frozenset[Column] = frozenset(),
 ) -> PolicyGradient:
     """coefficient * aggregate(-gates * s(weight) * min(ratio A, clip(ratio, 1 - low, 1 + high) A)).
 
@@ -40,5 +40,5 @@ def clipped_policy(
         gates=gates,
         clips={"clip": inside_clip(ratio, low=low, high=high)},
         coefficient=coefficient,
-        columns=columns,
+        reads=reads,
     )

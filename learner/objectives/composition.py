@@ -64,17 +64,22 @@ class PolicyGradient:
     """Gates that the surrogate's own shape implies: reported, not applied a second time."""
     coefficient: float = 1.0
     name: str = "policy"
-    columns: frozenset[Column] = frozenset()
+    reads: frozenset[Column] = frozenset()
+    """Columns of the surrogate and of the gates."""
+
+    @property
+    def columns(self) -> frozenset[Column]:
+        return self.reads | self.advantage.columns
 
     def __call__(self, tokens: Tokens, multipliers: Multipliers) -> TermValue:
         with torch.no_grad():
             advantage = self.advantage(tokens)
             gates = {name: gate(tokens, advantage).expand_as(tokens.mask) for name, gate in self.gates.items()}
             clips = {name: clip(tokens, advantage).expand_as(tokens.mask) for name, clip in self.clips.items()}
-        values = -self.surrogate(tokens, advantage)
+        values = self.surrogate(tokens, advantage)
         for is_open in gates.values():
             values = torch.where(is_open, values, 0.0)
-        return TermValue(loss=self.coefficient * self.aggregate(tokens, values), gates={**gates, **clips})
+        return TermValue(loss=-self.coefficient * self.aggregate(tokens, values), gates={**gates, **clips})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,15 +103,26 @@ class Constraint:
     piece: TokenPiece
     aggregate: Reduction
     dual: DualAscent
-    columns: frozenset[Column] = frozenset()
 
     @property
     def name(self) -> str:
         return self.dual.name
 
+    @property
+    def columns(self) -> frozenset[Column]:
+        return self.dual.advantage.columns
+
     def __call__(self, tokens: Tokens, multipliers: Multipliers) -> TermValue:
-        loss = multipliers[self.dual.name] * self.aggregate(tokens, self.piece(tokens))
-        return TermValue(loss=loss, watched={f"{self.name}_saturated": self.dual.saturated(multipliers)})
+        values = self.piece(tokens)
+        fresh = self.dual.fresh(tokens)
+        return TermValue(
+            loss=multipliers[self.dual.name] * self.aggregate(tokens, values),
+            watched={
+                f"{self.name}_fresh": _mean_where(fresh, values.detach()),
+                f"{self.name}_stale": _mean_where(tokens.mask & ~fresh, values.detach()),
+                f"{self.name}_saturated": self.dual.saturated(multipliers),
+            },
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,3 +176,8 @@ class Composition:
 
     def next_multipliers(self, tokens: Tokens, multipliers: Multipliers) -> dict[str, float]:
         return self.dual.advanced(cleaned(tokens, self.columns), multipliers) if self.dual else {}
+
+
+def _mean_where(chosen: Tensor, values: Tensor) -> Tensor:
+    """[]: nan where nothing is chosen."""
+    return torch.where(chosen, values, 0.0).sum() / chosen.count_nonzero()

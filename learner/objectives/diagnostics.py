@@ -1,20 +1,20 @@
-"""What one step did to data of each age: numbers for the metrics, no gradient, one transfer to the host."""
+"""What one step did to data of each age: numbers for the metrics, no gradient, few transfers to the host."""
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from learner.objectives.aggregation import maximum_by_sequence, mean_by_sequence
+from learner.objectives.acceptance import acceptance_curve, bound_metrics
 from learner.objectives.objective import Loss
 from learner.objectives.ratios import k1, k2, k3, token_ratio
-from learner.tokens import Tokens, cleaned
+from learner.tokens import DIVERGENCES, Tokens, cleaned
 
 AGE_BUCKETS = ("foreign", "0", "1_3", "4_15", "16_63", "64_plus")
 """Names of the age buckets, in updates; `foreign` = not drawn by this run's weights."""
 
 _FIRST_AGES = (0, 1, 4, 16, 64)
-_ACCEPTANCES = (0.5, 0.7, 0.9)
 
 
 @torch.no_grad()
@@ -23,10 +23,10 @@ def diagnose(tokens: Tokens, loss: Loss) -> dict[str, float]:
 
     `ratio/mean`, `ratio/age_4_15_mean`: over all trained tokens, and over one bucket; so too variance and max,
     `k1..k3/nats_mean`, `effective_samples/share` and `gate/NAME_closed_share`. `age/age_4_15_tokens_share`;
-    `gate/NAME_sequences_kept_share`; `trust_region/STATISTIC_nats_p70`: the threshold that would keep 70 % of the
-    sequences; `watched/NAME_mean` and `_absolute_mean` of what the loss watches.
+    `gate/NAME_sequences_kept_share`; `trust_region/...`: acceptance curve and error bounds (acceptance.py);
+    `watched/NAME_mean` and `_absolute_mean` of what the loss watches, left out where that is nan.
     """
-    tokens = cleaned(tokens, ())
+    tokens = cleaned(tokens, tokens.columns.keys() & DIVERGENCES)
     metrics: dict[str, Tensor] = {}
     for name, seen in loss.watched.items():
         metrics[f"watched/{name}_mean"] = seen.float().mean()
@@ -35,19 +35,9 @@ def diagnose(tokens: Tokens, loss: Loss) -> dict[str, float]:
         metrics[f"gate/{name}_sequences_kept_share"] = (gate & tokens.mask).any(-1).float().mean()
     metrics |= acceptance_curve(tokens)
     names, values = zip(*metrics.items(), strict=True)
-    numbers = dict(zip(names, torch.stack([value.double().cpu() for value in values]).tolist(), strict=True))
-    return numbers | _by_age(tokens, loss.gates)
-
-
-@torch.no_grad()
-def acceptance_curve(tokens: Tokens) -> dict[str, Tensor]:
-    """The thresholds of max k2 and mean k3 that keep 50, 70 and 90 % of the sequences."""
-    largest, mean = maximum_by_sequence(tokens, k2(tokens))[:, 0], mean_by_sequence(tokens, k3(tokens))[:, 0]
-    return {
-        f"trust_region/{name}_nats_p{round(100 * share)}": statistic.quantile(share)
-        for name, statistic in (("max_k2", largest), ("mean_k3", mean))
-        for share in _ACCEPTANCES
-    }
+    numbers = zip(names, torch.stack([value.double().cpu() for value in values]).tolist(), strict=True)
+    known = {name: number for name, number in numbers if not math.isnan(number)}
+    return known | bound_metrics(tokens) | _by_age(tokens, loss.gates)
 
 
 def _by_age(tokens: Tokens, gates: Mapping[str, Tensor]) -> dict[str, float]:

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from learner.objectives.aggregation import maximum_by_sequence, mean_by_sequence
+from learner.objectives.aggregation import maximum_by_sequence, mean_by_sequence, sum_by_sequence
 from learner.objectives.objective import Gate, TokenPiece
-from learner.objectives.ratios import k2, k3, log_ratio
-from learner.tokens import Tokens
+from learner.objectives.ratios import column, deviation, k2, k3, log_ratio
+from learner.objectives.surrogates import pessimistic_bounds
+from learner.tokens import Column, Tokens
 
 
 def sequence_maximum(statistic: TokenPiece, *, threshold: float) -> Gate:
@@ -30,23 +31,50 @@ def sequence_mean(statistic: TokenPiece, *, threshold: float) -> Gate:
     return gate
 
 
-def trust_region(*, max_k2: float, mean_k3: float) -> Mapping[str, Gate]:
-    """arXiv 2512.23075 on sample stand-ins: one gate for each threshold that is not inf."""
+def trust_region(
+    *,
+    max_k2: float = math.inf,
+    mean_k3: float = math.inf,
+    max_kl: float = math.inf,
+    mean_kl: float = math.inf,
+    kl: Column = Column.EXACT_KL,
+) -> Mapping[str, Gate]:
+    """arXiv 2512.23075: one gate for each threshold that is not inf.
+
+    k2 and k3 are sample stand-ins, and their gates are named estimates; max_kl and mean_kl read the column `kl`.
+    """
+    proven = "_lower_bound" if kl is Column.KL_LOWER_BOUND else ""
     gates = {
-        "trust_region_max": (max_k2, sequence_maximum(k2, threshold=max_k2)),
-        "trust_region_mean": (mean_k3, sequence_mean(k3, threshold=mean_k3)),
+        "trust_region_max_estimate": (max_k2, sequence_maximum(k2, threshold=max_k2)),
+        "trust_region_mean_estimate": (mean_k3, sequence_mean(k3, threshold=mean_k3)),
+        f"trust_region_max{proven}": (max_kl, sequence_maximum(column(kl), threshold=max_kl)),
+        f"trust_region_mean{proven}": (mean_kl, sequence_mean(column(kl), threshold=mean_kl)),
     }
     return {name: gate for name, (threshold, gate) in gates.items() if math.isfinite(threshold)}
+
+
+def length_neutral(*, epsilon: float, delta: float, threshold: float) -> Gate:
+    """Keep whole sequences with sum_t w_t |rho_t - 1| <= threshold * sum_t w_t, t = 1..T the trained tokens.
+
+    w_t = min(1, (T - t) epsilon, sqrt((T - t) delta / 2)): what a token can do to the tokens after it, so that the last
+    one is free and one threshold serves all lengths (arXiv 2512.23075).
+    """
+
+    def gate(tokens: Tokens, advantage: Tensor) -> Tensor:
+        later = tokens.lengths[:, None] - tokens.mask.cumsum(-1, dtype=torch.float32)  # T - t
+        weight = torch.minimum(later * epsilon, (later * (delta / 2)).sqrt()).clamp(max=1.0)
+        return sum_by_sequence(tokens, weight * deviation(tokens)) <= threshold * sum_by_sequence(tokens, weight)
+
+    return gate
 
 
 def inside_clip(ratio: TokenPiece, *, low: float, high: float) -> Gate:
     """Close tokens that already moved past the clip in the direction of their advantage."""
 
     def gate(tokens: Tokens, advantage: Tensor) -> Tensor:
-        values = ratio(tokens)
-        too_high = (advantage > 0) & (values > 1.0 + high)
-        too_low = (advantage < 0) & (values < 1.0 - low)
-        return ~(too_high | too_low)
+        values = tokens.once(ratio)
+        lowest, highest = pessimistic_bounds(advantage, low=low, high=high)
+        return (values >= lowest) & (values <= highest)
 
     return gate
 
@@ -55,7 +83,7 @@ def inside_band(ratio: TokenPiece, *, low: float, high: float) -> Gate:
     """Close tokens whose ratio lies outside [low, high], whatever their advantage."""
 
     def gate(tokens: Tokens, advantage: Tensor) -> Tensor:
-        values = ratio(tokens)
+        values = tokens.once(ratio)
         return (values >= low) & (values <= high)
 
     return gate
@@ -65,9 +93,15 @@ def bounded_second_moment(*, threshold: float) -> Gate:
     """Close the tokens with the largest (log rho)^2 until the mean of the rest, over the batch, is below threshold."""
 
     def gate(tokens: Tokens, advantage: Tensor) -> Tensor:
-        squares = torch.where(tokens.mask, log_ratio(tokens).square(), torch.inf).flatten()
-        ascending, order = squares.sort()
-        means = ascending.cumsum(0) / torch.arange(1, len(squares) + 1, device=squares.device)
-        return torch.zeros_like(order, dtype=torch.bool).scatter(0, order, means < threshold).view_as(tokens.mask)
+        squares = log_ratio(tokens).square()
+        is_small = squares < threshold  # a mean of these is below the threshold: only the others need an order
+        small = tokens.mask & is_small
+        large = tokens.mask & ~is_small
+        ascending, order = squares[large].sort()
+        ranks = torch.arange(1, len(order) + 1, device=order.device)
+        total = torch.where(small, squares, 0.0).sum(dtype=torch.float64)
+        means = (total + ascending.cumsum(0, dtype=torch.float64)) / (small.sum() + ranks)
+        kept = torch.zeros_like(order, dtype=torch.bool).scatter(0, order, means < threshold)
+        return small.masked_scatter(large, kept)
 
     return gate

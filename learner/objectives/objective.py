@@ -8,6 +8,19 @@ from torch import Tensor
 
 from learner.tokens import Column, Tokens
 
+
+@dataclass(frozen=True, slots=True)
+class Advantage:
+    """How much better a trajectory or a token did than its siblings, and the columns that this is read from."""
+
+    compute: Callable[[Tokens], Tensor]
+    """-> [B, 1] or [B, T], no gradient."""
+    columns: frozenset[Column] = frozenset()
+
+    def __call__(self, tokens: Tokens) -> Tensor:
+        return self.compute(tokens)
+
+
 Multipliers = Mapping[str, float]
 """What learns by dual ascent, by name. The learner owns and checkpoints it."""
 
@@ -16,9 +29,6 @@ TokenPiece = Callable[[Tokens], Tensor]
 
 SequencePiece = Callable[[Tokens], Tensor]
 """-> [B]: a residual."""
-
-Advantage = Callable[[Tokens], Tensor]
-"""-> [B, 1] or [B, T], no gradient."""
 
 Surrogate = Callable[[Tokens, Tensor], Tensor]
 """(tokens, advantage) -> [B, T], to be maximised; its gradient reaches `tokens`."""
@@ -42,7 +52,7 @@ class Loss:
     """Gate name -> [B, T] bool, True = keeps its gradient. Detached; metrics report the closed share per gate.
     A hard clip is listed too: it closes tokens by the shape of its surrogate."""
     watched: Mapping[str, Tensor] = field(default_factory=dict)
-    """Detached quantities that metrics report the mean of, such as the Bellman residual [B]."""
+    """Detached quantities that metrics report the mean of, such as the Bellman residual [B]; nan = none this time."""
 
 
 class Objective(Protocol):

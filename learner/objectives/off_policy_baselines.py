@@ -92,7 +92,7 @@ class TisPpo(Recipe):
                 dual_floor=self.dual_clip,
                 advantage=self.advantage.piece,
                 aggregate=mean_over_tokens,
-                columns=frozenset({Column.PROXIMAL_LOGPROBS}),
+                reads=frozenset({Column.PROXIMAL_LOGPROBS}),
             )
         )
 
@@ -130,7 +130,7 @@ class IcePop(Recipe):
                 high=self.clip_high,
                 advantage=self.advantage.piece,
                 aggregate=mean_over_sequences_of_means,
-                columns=frozenset({Column.PROXIMAL_LOGPROBS}),
+                reads=frozenset({Column.PROXIMAL_LOGPROBS}),
             )
         )
 
@@ -190,7 +190,7 @@ class MiniRl(Recipe):
                 advantage=self.advantage.piece,
                 aggregate=mean_over_sequences_of_sums,
                 gates={"clip": inside_clip(proximal_ratio, low=self.clip_low, high=self.clip_high)},
-                columns=frozenset({Column.PROXIMAL_LOGPROBS}),
+                reads=frozenset({Column.PROXIMAL_LOGPROBS}),
             )
         )
 

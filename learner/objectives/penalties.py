@@ -3,13 +3,13 @@
 from torch import Tensor
 
 from learner.objectives.objective import TokenPiece
-from learner.objectives.ratios import log_ratio
+from learner.objectives.ratios import bounded, log_ratio
 from learner.tokens import Column, Tokens
 
 
 def ratio_variance(*, max_log_ratio: float) -> TokenPiece:
     """(rho - 1)^2 with |log rho| <= max_log_ratio: its gradient grows like rho^2, so one outlier would own it."""
-    return lambda tokens: log_ratio(tokens).clamp(-max_log_ratio, max_log_ratio).expm1().square()
+    return lambda tokens: bounded(log_ratio(tokens), max_log_ratio).expm1().square()
 
 
 def reference_k3(tokens: Tokens) -> Tensor:

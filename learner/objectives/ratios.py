@@ -16,12 +16,12 @@ is still finite in float32. Outside the guard a ratio has no gradient."""
 
 def log_ratio(tokens: Tokens) -> Tensor:
     """log rho = log pi - log behavior, within +-MAX_LOG_RATIO; 0 behind the mask."""
-    return _guarded(tokens.logprobs - tokens.behavior_logprobs)
+    return tokens.once(_log_ratio)
 
 
 def no_ratio(tokens: Tokens) -> Tensor:
-    """1: the data is taken as if the policy itself had drawn it."""
-    return torch.ones_like(tokens.logprobs)
+    """[B, 1]: 1, the data is taken as if the policy itself had drawn it."""
+    return torch.ones_like(tokens.rewards)[:, None]
 
 
 def token_ratio(tokens: Tokens) -> Tensor:
@@ -31,7 +31,7 @@ def token_ratio(tokens: Tokens) -> Tensor:
 
 def bounded_ratio(*, max_log_ratio: float) -> TokenPiece:
     """rho with |log rho| <= max_log_ratio; outside it has no gradient."""
-    return lambda tokens: log_ratio(tokens).clamp(-max_log_ratio, max_log_ratio).exp()
+    return lambda tokens: bounded(log_ratio(tokens), max_log_ratio).exp()
 
 
 def sequence_ratio(tokens: Tokens) -> Tensor:
@@ -56,10 +56,10 @@ def proximal_to_behavior(tokens: Tokens) -> Tensor:
 
 def prefix_minimum(tokens: Tokens) -> Tensor:
     """sg[log min_{i < t} rho_i] over the trained tokens before t; 0 where there is none, holes are transparent."""
-    logs = log_ratio(tokens).detach().masked_fill(~tokens.mask, math.inf)
+    logs = torch.where(tokens.mask, log_ratio(tokens).detach(), math.inf)
     inclusive = logs.cummin(-1).values
-    exclusive = torch.nn.functional.pad(inclusive[:, :-1], (1, 0), value=math.inf)
-    return exclusive.masked_fill(exclusive == math.inf, 0.0)
+    exclusive = torch.nn.functional.pad(inclusive[:, :-1], (1, 0))
+    return exclusive.nan_to_num_(posinf=0.0)  # inf: masked tokens alone before it
 
 
 def prefix_ratio(tokens: Tokens) -> Tensor:
@@ -82,6 +82,16 @@ def truncated(ratio: TokenPiece, *, cap: float) -> TokenPiece:
     return lambda tokens: ratio(tokens).detach().clamp(max=cap)
 
 
+def deviation(tokens: Tokens) -> Tensor:
+    """|rho - 1|: half of it is unbiased for the total variation of behavior and pi."""
+    return log_ratio(tokens).expm1().abs()
+
+
+def column(name: Column) -> TokenPiece:
+    """A column [B, T] as it is."""
+    return lambda tokens: tokens.columns[name]
+
+
 def k1(tokens: Tokens) -> Tensor:
     """-log rho: unbiased for KL(behavior || pi), of either sign."""
     return -log_ratio(tokens)
@@ -98,5 +108,14 @@ def k3(tokens: Tokens) -> Tensor:
     return logs.expm1() - logs
 
 
+def bounded(logs: Tensor, bound: float) -> Tensor:
+    """Clamp to +-bound; outside it has no gradient."""
+    return torch.nn.functional.hardtanh(logs, -bound, bound)  # clamp's own backward passes four times over memory
+
+
+def _log_ratio(tokens: Tokens) -> Tensor:
+    return _guarded(tokens.logprobs - tokens.behavior_logprobs)
+
+
 def _guarded(logs: Tensor) -> Tensor:
-    return logs.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return bounded(logs, MAX_LOG_RATIO)

@@ -11,6 +11,8 @@ from learner.objectives import advantages
 from learner.objectives.composition import Composition, Term
 from learner.objectives.multipliers import DualAscent
 from learner.objectives.objective import Advantage, Objective
+from learner.objectives.ratios import token_ratio, truncated
+from learner.objectives.token_baseline import optimal_token_baseline
 
 
 class Recipe(Settings, ABC):
@@ -43,10 +45,15 @@ class AdvantageName(StrEnum):
     STANDARDISED = "standardised"
     STANDARDISED_POPULATION = "standardised_population"
     BATCH_NORMALISED = "batch_normalised"
+    OPTIMAL_TOKEN_BASELINE = "optimal_token_baseline"
+    OPTIMAL_TOKEN_BASELINE_TRUNCATED = "optimal_token_baseline_truncated"
 
     @property
     def piece(self) -> Advantage:
-        """The advantage of that name; the epsilon 1e-6 is verl's, it only guards groups whose rewards are all equal."""
+        """The advantage of that name.
+
+        The epsilon 1e-6 is verl's, it only guards groups whose rewards are all equal; 2 is the usual cap of `tis`.
+        """
         return _ADVANTAGES[self]
 
 
@@ -57,6 +64,8 @@ _ADVANTAGES: dict[AdvantageName, Advantage] = {
     AdvantageName.STANDARDISED: advantages.standardised(lost_degrees=1, epsilon=1e-6),
     AdvantageName.STANDARDISED_POPULATION: advantages.standardised(lost_degrees=0, epsilon=1e-6),
     AdvantageName.BATCH_NORMALISED: advantages.batch_normalised,
+    AdvantageName.OPTIMAL_TOKEN_BASELINE: optimal_token_baseline(),
+    AdvantageName.OPTIMAL_TOKEN_BASELINE_TRUNCATED: optimal_token_baseline(weight=truncated(token_ratio, cap=2.0)),
 }
 
 
@@ -80,6 +89,7 @@ def _refuse_truth_values(value: object) -> object:
 Number = Annotated[float, BeforeValidator(_refuse_truth_values)]
 NonNegative = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
+Updates = Annotated[int, BeforeValidator(_refuse_truth_values), Field(ge=0)]
 ClipLow = Annotated[Number, Field(ge=0, le=1)]
 """1 = a floor of 0, which no ratio reaches: off."""
 ClipHigh = Annotated[Number, Field(gt=0)]

@@ -1,46 +1,38 @@
 """The methods for old data, each a sentence of pieces, and the registry of all recipes."""
 
-import math
 from collections.abc import Mapping
-from typing import ClassVar, Self
+from typing import ClassVar
 
-from pydantic import ValidationError, model_validator
+from pydantic import ValidationError
 
 from buffer.errors import InvalidSettings
 from learner.objectives.aggregation import (
     mean_over_sequences,
-    mean_over_sequences_of_sums,
     mean_over_tokens,
 )
 from learner.objectives.baselines import BASELINES
 from learner.objectives.bellman import REVAL_COLUMNS, reval_residual
 from learner.objectives.clipped import clipped_policy
-from learner.objectives.composition import Constraint, PolicyGradient, SquaredResidual
-from learner.objectives.gates import trust_region
-from learner.objectives.multipliers import DualAscent
+from learner.objectives.composition import PolicyGradient, SquaredResidual
 from learner.objectives.objective import Objective
 from learner.objectives.off_policy_baselines import OFF_POLICY_BASELINES
-from learner.objectives.penalties import ratio_variance
+from learner.objectives.r2vpo import R2vpo, R2vpoFresh
 from learner.objectives.ratios import (
-    bounded_ratio,
     capped_prefix_ratio,
     prefix_ratio,
     soft_clip,
-    token_ratio,
 )
 from learner.objectives.recipe import (
     AdvantageName,
     CentringName,
     ClipHigh,
     ClipLow,
-    NonNegative,
     Positive,
     Recipe,
-    Share,
-    Threshold,
 )
 from learner.objectives.stalewise import Stalewise
-from learner.objectives.surrogates import importance, score
+from learner.objectives.surrogates import score
+from learner.objectives.trust_region import TRUST_REGION_RECIPES
 
 
 class MinPro(Recipe):
@@ -117,94 +109,6 @@ class MinProHard(Recipe):
         )
 
 
-class Trm(Recipe):
-    """Trust Region Masking: a sequence leaves as a whole when one token, or their mean, left the trust region."""
-
-    name: ClassVar = "trm"
-    paper: ClassVar = "arXiv 2512.23075"
-    sentence: ClassVar = "-1/B sum_i [max_t k2 <= max_k2 and mean_t k3 <= mean_k3] sum_t rho A"
-    use: ClassVar = "Small steps away from the sampler, long responses; set thresholds from the acceptance curve."
-    denominator: ClassVar = "all sequences"
-
-    max_k2: Threshold = 0.05
-    """Largest (log rho)^2 / 2 of a kept sequence, in nats: the paper's TRM-Max threshold, on its sample stand-in."""
-    mean_k3: Threshold = math.inf
-    """Largest mean of rho - 1 - log rho of a kept sequence, in nats; the paper's TRM-Avg has 0.001. inf = off."""
-    advantage: AdvantageName = AdvantageName.STANDARDISED
-    """As in GRPO, which the paper builds on."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.max_k2 == self.mean_k3 == math.inf:
-            raise ValueError("max_k2 and mean_k3 are both off: set one of them")
-        return self
-
-    def objective(self) -> Objective:
-        return self.composed(
-            PolicyGradient(
-                surrogate=importance(token_ratio),
-                advantage=self.advantage.piece,
-                aggregate=mean_over_sequences_of_sums,
-                gates=trust_region(max_k2=self.max_k2, mean_k3=self.mean_k3),
-            )
-        )
-
-
-class R2vpo(Recipe):
-    """No clip: the variance of the ratio is a constraint, and its multiplier is learnt."""
-
-    name: ClassVar = "r2vpo"
-    paper: ClassVar = "arXiv 2601.03320, 2605.26784"
-    sentence: ClassVar = (
-        "1/N sum [-rho A + lambda (rho - 1)^2]; lambda <- clip(lambda + dual_step (V - target), 0, lambda_max)"
-    )
-    use: ClassVar = "Moderately old data whose surprising good tokens should keep their gradient."
-    denominator: ClassVar = "all tokens"
-
-    target_variance: Positive = 0.04
-    """Of the ratio: about twice the KL radius, in nats (derived: the paper's is unknown)."""
-    lambda_start: NonNegative = 0.04
-    """Where the one public implementation fixes the multiplier."""
-    lambda_max: NonNegative = 0.1
-    """At 1 a few tokens owned the gradient of a small model; raise it when the multiplier is shown as saturated."""
-    dual_step: NonNegative = 0.02
-    """Change of the multiplier per unit of excess variance (derived). 0 = a fixed multiplier."""
-    dual_decay: Share = 0.0
-    """Of the average of V that drives the multiplier; 0 = the batch alone."""
-    max_log_ratio: Positive = 5.0
-    """Bound on |log rho|, in nats: the penalty's gradient grows like rho^2 (derived)."""
-    advantage: AdvantageName = AdvantageName.STANDARDISED
-    """Critic-free and group-normalised (derived from its baselines)."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.lambda_start > self.lambda_max:
-            raise ValueError(f"lambda_start={self.lambda_start} is above lambda_max={self.lambda_max}")
-        return self
-
-    def objective(self) -> Objective:
-        variance = ratio_variance(max_log_ratio=self.max_log_ratio)
-        dual = DualAscent(
-            name="variance",
-            statistic=variance,
-            advantage=self.advantage.piece,
-            target=self.target_variance,
-            step=self.dual_step,
-            start=self.lambda_start,
-            maximum=self.lambda_max,
-            decay=self.dual_decay,
-        )
-        return self.composed(
-            PolicyGradient(
-                surrogate=importance(bounded_ratio(max_log_ratio=self.max_log_ratio)),
-                advantage=self.advantage.piece,
-                aggregate=mean_over_tokens,
-            ),
-            Constraint(piece=variance, aggregate=mean_over_tokens, dual=dual),
-            dual=dual,
-        )
-
-
 class ReVal(Recipe):
     """Logits are Q-values: the squared trajectory-level Bellman residual, with no ratio and no clip."""
 
@@ -232,7 +136,16 @@ class ReVal(Recipe):
         )
 
 
-STALE_DATA_RECIPES: tuple[type[Recipe], ...] = (Stalewise, MinPro, MinProCapped, MinProHard, Trm, R2vpo, ReVal)
+STALE_DATA_RECIPES: tuple[type[Recipe], ...] = (
+    Stalewise,
+    MinPro,
+    MinProCapped,
+    MinProHard,
+    *TRUST_REGION_RECIPES,
+    R2vpo,
+    R2vpoFresh,
+    ReVal,
+)
 
 RECIPES: dict[str, type[Recipe]] = {
     recipe.name: recipe for recipe in (*STALE_DATA_RECIPES, *OFF_POLICY_BASELINES, *BASELINES)

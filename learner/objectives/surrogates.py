@@ -14,7 +14,7 @@ def score(weight: TokenPiece) -> Surrogate:
 
 def weighted(surrogate: Surrogate, weight: TokenPiece) -> Surrogate:
     """sg[weight] * surrogate."""
-    return lambda tokens, advantage: weight(tokens).detach() * surrogate(tokens, advantage)
+    return lambda tokens, advantage: tokens.once(weight).detach() * surrogate(tokens, advantage)
 
 
 def tapered_score(weight: TokenPiece) -> Surrogate:
@@ -32,13 +32,17 @@ def importance(ratio: TokenPiece) -> Surrogate:
 
 
 def hard_clip(ratio: TokenPiece, *, low: float, high: float) -> Surrogate:
-    """min(ratio * A, clip(ratio, 1 - low, 1 + high) * A), PPO's pessimistic clip."""
+    """min(ratio * A, clip(ratio, 1 - low, 1 + high) * A), PPO's pessimistic clip: it binds on one side only."""
 
     def surrogate(tokens: Tokens, advantage: Tensor) -> Tensor:
-        values = ratio(tokens)
-        return torch.minimum(values * advantage, values.clamp(1.0 - low, 1.0 + high) * advantage)
+        return tokens.once(ratio).clamp(*pessimistic_bounds(advantage, low=low, high=high)) * advantage
 
     return surrogate
+
+
+def pessimistic_bounds(advantage: Tensor, *, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """Where PPO's clip binds: from above at 1 + high where A > 0, from below at 1 - low where A < 0."""
+    return torch.where(advantage < 0, 1.0 - low, -torch.inf), torch.where(advantage > 0, 1.0 + high, torch.inf)
 
 
 def dual_clip(surrogate: Surrogate, *, floor: float) -> Surrogate:

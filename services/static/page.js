@@ -66,18 +66,18 @@ function rates(stats) {
 function draw(stats) {
   const {table, learner, actors, run} = stats;
   const metrics = learner?.metrics ?? {};
-  const clock = learner?.updates ?? Math.max(0, table.latest_version);
+  const clock = Math.max(0, learner?.version ?? 0, table.latest_version); // as the table reckons ages
   const perSecond = rates(stats);
   $("run").textContent = run.run_id;
   const tiles = [
     ["reward, last batch", number(metrics["reward/mean"])],
     ["weight version", number(table.latest_version)],
-    ["updates", number(clock)],
+    ["updates", learner?.total_updates ? `${number(learner.updates)} of ${number(learner.total_updates)}` : number(learner?.updates)],
     ["updates/s", number(perSecond.updates, 2)],
     ["rollouts", number(table.num_trajectories_total)],
     ["rollouts/s", number(perSecond.rollouts, 2)],
     ["age trained, median", number(metrics["age/updates_p50"])],
-    ["reuse, mean", number(table.inserted_total ? table.sampled_total / table.inserted_total : NaN)],
+    ["reuse, mean", number(table.reuse_mean)],
     ["groups stored", number(table.num_groups)],
     ["MB stored", number(table.bytes / 1e6)],
   ];

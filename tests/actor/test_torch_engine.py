@@ -114,6 +114,32 @@ def test_a_ragged_batch_gives_each_request_what_it_asked_for(
     assert any(completion.finish_reason is FinishReason.STOP for completion in completions)
 
 
+def test_shipped_distributions_are_what_each_row_of_a_ragged_batch_was_drawn_from(
+    model_dir: Path, keyframes: list[Path]
+) -> None:
+    engine = TorchEngine(model_dir, seed=7, ship_distributions=True)
+    engine.load(keyframes[0], 0)
+    requests = [
+        request(range(2, 2 + length), sampling=GRID[i % len(GRID)], max_new_tokens=limit)
+        for i, (length, limit) in enumerate([(1, 40), (9, 1), (3, 2), (17, 30), (5, 3), (2, 5), (8, 70)])
+    ]
+
+    completions = engine.generate(requests)
+
+    for one, completion in zip(requests, completions, strict=True):
+        logits = clean_logits(model_dir, keyframes[0], one, completion) / one.sampling.temperature  # [T, V]
+        expected = logits.log_softmax(-1)
+        if completion.kept_token_ids is not None and completion.kept_token_counts is not None:
+            kept = np.split(completion.kept_token_ids.astype(np.int64), np.cumsum(completion.kept_token_counts)[:-1])
+            expected = torch.cat([row[ids].log_softmax(0) for row, ids in zip(logits, kept, strict=True)])
+        assert completion.distribution_logprobs is not None
+        np.testing.assert_allclose(completion.distribution_logprobs, expected.flatten().numpy(), atol=3e-5)
+
+
+def test_distributions_are_shipped_only_when_asked(engine: TorchEngine) -> None:
+    assert engine.generate([request()])[0].distribution_logprobs is None
+
+
 @pytest.mark.parametrize("sampling", [GRID[0], GRID[1], GRID[5]], ids=str)
 def test_tokens_are_drawn_as_often_as_the_softmax_says(
     model_dir: Path, keyframes: list[Path], engine: TorchEngine, sampling: SamplingSettings

@@ -66,6 +66,10 @@ CASES: dict[str, tuple[str, object, str]] = {
                                 "support: kept_token_ids and kept_token_counts are required"),
     "column too long": ("trajectories.0.columns", {"entropy": [0.5] * 5}, "trajectories.0: columns.entropy has 5 "
                         "entries for 4 response tokens"),
+    "column NaN": ("trajectories.0.columns", {"entropy": [0.5, float("nan"), 0, 0]}, "trajectories.0: columns.entropy "
+                   "must be finite"),
+    "column infinite": ("trajectories.1.columns", {"entropy": [0.5, 0, 0, 0, float("inf")]}, "trajectories.1: "
+                        "columns.entropy must be finite"),
     "too many columns": ("trajectories.0.columns", {f"c{i}": [0.5] * 4 for i in range(257)}, "trajectories.0.columns: "
                          "dictionary should have at most 256 items after validation, not more"),
     "unknown finish": ("trajectories.0.finish_reason", "eos", "trajectories.0.finish_reason: input should be 'stop', "
@@ -94,7 +98,15 @@ def test_sentence_names_the_field_the_fault_and_the_value(name: str) -> None:
     with pytest.raises(InvalidRecord) as caught:
         group_from_record(changed(path, value))
 
-    assert caught.value.detail.replace(" (and 1 more)", "") == f"group 'g0': {sentence}"
+    assert caught.value.detail == f"group 'g0': {sentence}"
+
+
+def test_a_fault_in_the_only_trajectory_is_one_fault() -> None:
+    record = make_group("g0", rewards=(1.0,)).model_dump(mode="json")
+    record["trajectories"][0]["reward"] = "1"
+
+    with pytest.raises(InvalidRecord, match=r"input should be a valid number, got '1'$"):
+        group_from_record(record)
 
 
 def test_sentence_counts_the_other_faults_and_keeps_long_values_short() -> None:
@@ -111,4 +123,12 @@ def test_sentence_counts_the_other_faults_and_keeps_long_values_short() -> None:
 @pytest.mark.parametrize("record", [None, [], "group", 7])
 def test_what_is_not_a_map_is_refused(record: object) -> None:
     with pytest.raises(InvalidRecord, match="valid dictionary"):
+        group_from_record(record)
+
+
+def test_a_negative_kept_id_is_refused() -> None:
+    record = changed("trajectories.0.kept_token_ids", [8, -5, 9, 10, 2])
+    record["trajectories"][0]["kept_token_counts"] = [2, 1, 1, 1]
+
+    with pytest.raises(InvalidRecord, match="kept_token_ids must not be negative"):
         group_from_record(record)

@@ -142,13 +142,17 @@ def test_leaving_the_block_ends_redis(tmp_path: Path) -> None:
     wait_until_gone(pid)
 
 
-def test_second_server_on_a_directory_is_refused(tmp_path: Path) -> None:
+def test_second_server_on_a_directory_says_what_it_waits_for_and_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with (
         redis_server(tmp_path, ALWAYS),
         pytest.raises(StoreUnavailable, match=f"another service, or its Redis, is using {tmp_path}"),
         redis_server(tmp_path, RedisSettings(start_timeout_s=0.1)),
     ):
         pass
+
+    assert f"is using {tmp_path}: waiting up to 0.1 s for its end" in caplog.text
 
 
 def test_long_directories_work_too(tmp_path: Path) -> None:

@@ -1,9 +1,12 @@
 """What only a table on Redis can meet: full memory, a lost server, a forgotten script, keys of other runs."""
 
 import os
+import re
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -13,8 +16,12 @@ from buffer.errors import StoreUnavailable
 from buffer.rate_limiter import RateLimiterSettings
 from buffer.redis_server import RedisSettings, connect, redis_server
 from buffer.redis_table import RedisTable
+from buffer.selectors import Fifo, Weighted
 from buffer.table import SampleRequest, TableSettings
-from buffer.types import InsertResult
+from buffer.types import InsertResult, Split
+from buffer.weighting import DifficultyWeighting, RankWeighting, RecencyWeighting, Weighting
+from buffer.wire import LearnerReport
+from services.presence import Presence, RedisBoard
 from tests.conftest import Clock
 from tests.factories import RUN_ID, make_group, parts_of
 
@@ -60,6 +67,31 @@ def test_full_memory_refuses_inserts_whole_and_lets_the_learner_make_room(client
     assert drawn[0].group.group_id == "a"
     assert table.stats().removed == {"reuse": 1}
     assert table.insert([make_group("c")])[0].outcome.value == "accepted"
+
+
+@pytest.mark.parametrize(
+    "weighting",
+    [None, RankWeighting(cool_down_updates=9), DifficultyWeighting(), RecencyWeighting(half_life_updates=1)],
+)
+def test_every_key_of_a_run_is_described_in_the_schema(client: redis.Redis, weighting: Weighting | None) -> None:
+    table = open_table(client, TableSettings(weighting=weighting))
+    table.insert([make_group("a"), make_group("b"), make_group("e", split=Split.EVAL)])
+    selector = Fifo() if weighting is None else Weighted(by=weighting.by)
+    table.sample(request("r").model_copy(update={"selector": selector}))
+    table.insert_parts(parts_of("p", size=2)[:1])
+    spent = open_table(client, TableSettings(reuse_limit=1, weighting=weighting))
+    spent.sample(request("s"))
+    presence = Presence(RedisBoard(client, key=f"sw:{{{RUN_ID}:0}}:presence"))
+    presence.report(LearnerReport(updates=1, version=1, metrics={}))
+
+    header = (files("buffer") / "lua" / "common.lua").read_text().partition("\n\n")[0]
+    described = set(re.findall(r"^-- (\w+):?\S* +(?:hash|zset|string) ", header, re.MULTILINE))
+    prefix = f"sw:{{{RUN_ID}:0}}:"
+    keys: Any = client.keys(prefix + "*")
+    names = {key.decode().removeprefix(prefix).partition(":")[0] for key in keys}
+
+    assert len(names) > 9
+    assert names <= described
 
 
 def test_lost_server_is_store_unavailable_for_every_call(tmp_path: Path) -> None:

@@ -118,6 +118,7 @@ def test_every_counter_is_true_after_a_mixed_history(make_table: TableFactory, c
         num_response_tokens=sum(group.num_response_tokens for group in stored),
         inserted_total=4,
         sampled_total=3,
+        reuse_mean=1.5,
         outcomes={"accepted": 5, "duplicate": 1, "invalid": 1},
         part_outcomes={"pending": 1},
         num_partial_groups=1,
@@ -141,3 +142,4 @@ def test_an_empty_table_has_empty_counters(make_table: TableFactory) -> None:
     stats = make_table(latest_version=-1).stats()
 
     assert (stats.latest_version, stats.num_groups, stats.bytes, stats.outcomes, stats.waits) == (-1, 0, 0, {}, [])
+    assert stats.reuse_mean == 0.0

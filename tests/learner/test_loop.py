@@ -260,6 +260,18 @@ def test_a_service_that_stays_away_costs_no_work(model_dir: Path, tmp_path: Path
     assert rig.checkpoints.newest() == tmp_path / "update-00000002"
 
 
+@pytest.mark.timeout(30)
+def test_a_defect_in_a_draw_ends_the_run_instead_of_leaving_it_to_wait(model_dir: Path, tmp_path: Path) -> None:
+    rig = _Rig(model_dir, tmp_path, settings=_settings())
+
+    def defect(request: SampleRequest) -> list[Sample]:
+        raise RuntimeError("a defect")
+
+    rig.draw = defect  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="a defect"):
+        rig.loop().run()
+
+
 def test_a_run_goes_on_above_the_latest_version_and_publishes_at_once(model_dir: Path, tmp_path: Path) -> None:
     first = _Rig(model_dir, tmp_path, settings=_settings(total_updates=5, checkpoint_every=2))
     first.table.advance_version(0)

@@ -12,7 +12,7 @@ from buffer.types import Trajectory
 from learner.collate import collate
 from learner.errors import CorruptCheckpoint
 from learner.objectives.recipes import build_objective
-from learner.policy import Policy, local_model_dir
+from learner.policy import Policy
 from learner.step import Trainer
 from learner.tokens import Column
 from tests.factories import make_group
@@ -23,7 +23,7 @@ ALL_COLUMNS = frozenset(
         Column.UNIT_LOGPROBS,
         Column.FIRST_LOGIT,
         Column.ENTROPY,
-        Column.SUM_SQUARED_PROBS,
+        Column.OTHER_SQUARED_PROBS,
         Column.PROXIMAL_LOGPROBS,
     }
 )
@@ -76,7 +76,8 @@ def test_every_score_equals_a_plain_forward_under_the_stored_sampling_settings(m
             probabilities = expected.exp()
             entropy = -(probabilities[probabilities > 0] * expected[probabilities > 0]).sum().item()
             assert seen[Column.ENTROPY] == pytest.approx(entropy, abs=1e-5)
-            assert seen[Column.SUM_SQUARED_PROBS] == pytest.approx(probabilities.square().sum().item(), abs=1e-5)
+            others = probabilities.square().sum() - probabilities[chosen].square()
+            assert seen[Column.OTHER_SQUARED_PROBS] == pytest.approx(others.item(), abs=1e-5)
 
 
 def test_nothing_is_computed_that_was_not_asked_for(model_dir: Path) -> None:
@@ -181,5 +182,3 @@ def test_a_directory_that_is_no_model_is_one_clear_sentence(tmp_path: Path) -> N
 
     with pytest.raises(InvalidSettings, match="does not hold a causal language model"):
         Policy.load(tmp_path, device="cpu", micro_batch_tokens=1)
-    with pytest.raises(InvalidSettings, match="neither a local model directory"):
-        local_model_dir("no/such/model/anywhere")

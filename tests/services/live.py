@@ -1,5 +1,6 @@
 """A service for a test: the app on a real socket in a thread, or the real `stalewise serve` process."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -25,7 +26,7 @@ from services.replay_api import create_app
 from services.security import Guard
 from tests.factories import PAYLOAD, RUN_ID, make_manifest
 
-SERVICE, TABLE, LIMITER = ServiceSettings(), TableSettings(), RateLimiterSettings()
+SERVICE, TABLE, LIMITER = ServiceSettings(), TableSettings(), RateLimiterSettings(min_size=1)
 NO_RETRY = ClientSettings(retry_budget_s=0.0, read_timeout_s=20.0)
 
 
@@ -126,6 +127,18 @@ class ServeProcess:
         if self.process.poll() is None:
             self.process.terminate()
         return self.process.wait(30)
+
+
+def redis_pid(directory: Path) -> int:
+    """Return the Redis whose working directory this is."""
+    wanted = os.fspath((directory / "redis").resolve())
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdecimal() and os.readlink(entry / "cwd") == wanted:
+                return int(entry.name)
+        except OSError:
+            continue  # it ended, or it is not ours
+    raise AssertionError(f"no process works in {wanted}")
 
 
 def stalewise(*arguments: str, timeout_s: float = 60.0) -> "subprocess.CompletedProcess[str]":

@@ -119,7 +119,7 @@ def test_groups_survive_a_killed_service_and_then_a_killed_actor(
     ("change", "error", "sentence"),
     [
         ("run.name=other", RunMismatch, "serves run test-run, this actor is set to run other"),
-        ("run.model=nowhere", InvalidSettings, "nowhere is not a model directory"),
+        ("run.model=nowhere", InvalidSettings, "nowhere is neither a local model directory nor"),
         ("actor.task.name=no_such", InvalidSettings, "'no_such' is neither running_sums nor"),
     ],
 )
@@ -133,6 +133,31 @@ def test_an_actor_that_does_not_fit_the_run_says_why(
             run_actor(config, actor_id="a")
 
 
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        ({}, "is not a model directory: it has no config.json"),
+        ({"config.json": "{}"}, "holds no tokenizer that can be read: Couldn't instantiate the backend tokenizer"),
+        ({"config.json": "{}", "tokenizer.json": "{"}, "holds no tokenizer that can be read: Expecting property name"),
+    ],
+)
+def test_a_directory_without_a_model_is_one_sentence_before_anything_starts(
+    files: dict[str, str], sentence: str, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for name, text in files.items():
+        (model / name).write_text(text)
+    config = load_config(None, overrides=settings(tmp_path, "http://127.0.0.1:9", model))
+
+    with pytest.raises(InvalidSettings) as caught:
+        run_actor(config, actor_id="a")
+
+    assert caught.value.detail.startswith(f"{model} {sentence}")
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == [model]
+
+
 def test_an_unknown_engine_an_odd_id_and_an_absent_service_are_one_sentence_each(
     model_dir: Path, tmp_path: Path
 ) -> None:
@@ -141,6 +166,9 @@ def test_an_unknown_engine_an_odd_id_and_an_absent_service_are_one_sentence_each
 
     with pytest.raises(InvalidSettings, match="engine 'jax' is unknown"):
         run_actor(config, engine="jax")
+    shipping = load_config(None, overrides=settings(tmp_path, url, model_dir, "actor.ship_distributions=true"))
+    with pytest.raises(InvalidSettings, match="engine vllm reports the log-probs of a few ids alone"):
+        run_actor(shipping, engine="vllm")
     with pytest.raises(ServiceUnreachable, match="no answer from"):
         run_actor(config)
     with serving(make_context(tmp_path / "service")) as url:

@@ -10,9 +10,12 @@ import httpx
 import msgpack
 import pytest
 
+from buffer.client import HttpTable
+from buffer.connection import ServiceClient
 from buffer.wire import JSON, MSGPACK, InsertRequest, encode
 from services.context import ServiceContext
-from tests.factories import make_group
+from tests.factories import make_group, make_trajectory
+from tests.services.live import NO_RETRY
 
 
 def record(group_id: str = "g0", **changes: Any) -> dict[str, Any]:
@@ -229,6 +232,31 @@ def test_many_waiting_draws_leave_the_service_responsive(http: httpx.Client, con
         assert not any(thread.is_alive() for thread in threads)
 
 
+def test_client_sends_what_is_over_the_limit_of_a_body_in_several_requests(http: httpx.Client) -> None:
+    trajectories = [[make_trajectory("t", response_ids=range(1, 1001))] for _ in range(3)]  # 20,000 bytes hold two
+    groups = [make_group(name, trajectories=members) for name, members in zip("abc", trajectories, strict=True)]
+    client = ServiceClient(str(http.base_url), settings=NO_RETRY)
+
+    first, again = HttpTable(client).submit(groups), HttpTable(client).submit([*groups, make_group("d")])
+    imported = HttpTable(client).import_groups(groups, foreign=False)
+    parts = [
+        Part(run_id=RUN_ID, group_id=name, prompt_id="p0", split=Split.TRAIN, group_size=2, trajectory=members[0])
+        for name, members in zip("xyz", trajectories, strict=True)
+    ]
+    held = HttpTable(client).insert_parts(parts)
+    client.close()
+
+    assert [(result.group_id, result.outcome.value) for result in first.results] == [
+        ("a", "accepted"),
+        ("b", "accepted"),
+        ("c", "accepted"),
+    ]
+    assert [result.outcome.value for result in again.results] == ["duplicate", "duplicate", "duplicate", "full"]
+    assert again.retry_after_s == 1.0
+    assert [result.outcome.value for result in imported.results] == ["duplicate"] * 3
+    assert [(result.group_id, result.outcome.value) for result in held] == [(name, "pending") for name in "xyz"]
+
+
 def test_impossible_draw_is_refused(shared_http: httpx.Client) -> None:
     response = shared_http.post("/v1/sample", json={"num_groups": 2, "learner_version": 0, "request_id": "r"})
 
@@ -244,7 +272,7 @@ def test_impossible_draw_is_refused(shared_http: httpx.Client) -> None:
 
 def test_reports_of_actors_and_learner_appear_in_the_statistics(http: httpx.Client) -> None:
     beat = {"version": 3, "tokens_per_s": 10.5, "groups_total": 7, "state": "generating", "detail": ""}
-    report = {"updates": 4, "version": 3, "metrics": {"reward/mean": 0.5}, "waiting": None}
+    report = {"updates": 4, "total_updates": 9, "version": 3, "metrics": {"reward/mean": 0.5}, "waiting": None}
 
     assert http.post("/v1/actors/host-1/heartbeat", json=beat).status_code == 204
     assert http.post("/v1/learner/metrics", json=report).status_code == 204

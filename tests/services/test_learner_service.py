@@ -1,13 +1,14 @@
 """The real `stalewise learn` process against a real service."""
 
 import json
+import logging
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,14 @@ from buffer.client import HttpTable, HttpWeightStore
 from buffer.connection import ServiceClient
 from buffer.errors import InvalidSettings, RunMismatch, ServiceUnreachable, StalewiseError
 from buffer.rate_limiter import RateLimiterSettings
-from services.learner_service import run_learner
+from learner.collate import collate
+from learner.run_log import RunLog
+from learner.step import Progress
+from services.learner_service import ServiceReporter, run_learner
 from services.settings import RunConfig, load_config
 from tests.factories import RUN_ID, make_group
-from tests.learner.builders import save_tiny_model
+from tests.learner.builders import make_trainer, plain_samples, save_tiny_model
+from tests.learner.documented import undocumented
 from tests.services.live import NO_RETRY, PublishingTable, ServeProcess, make_context, serving, stalewise
 
 GENEROUS = RateLimiterSettings(samples_per_insert=1_000, min_size=2, error_buffer=10_000)
@@ -114,14 +119,32 @@ def test_a_learner_trains_over_http_is_killed_resumes_and_ends(model_dir: Path, 
         stats = client.stats()["learner"]
         client.close()
 
-    assert (stats["updates"], stats["version"]) == (end, killed_at + 4)
+    assert (stats["updates"], stats["total_updates"], stats["version"]) == (end, end, killed_at + 4)
     assert stats["metrics"]["age/updates_p50"] == killed_at + 3
     lines = [json.loads(line) for line in (learner_dir / "metrics.jsonl").read_text().splitlines()]
+    assert undocumented(lines[-1].keys() - {"updates", "version"}) == []
     assert [line["updates"] for line in lines[-3:]] == [end - 2, end - 1, end]
     assert [line["version"] for line in lines[-3:]] == [killed_at + 2, killed_at + 3, killed_at + 4]
     assert len(list((learner_dir / "tensorboard").glob("events.out.tfevents.*"))) == 2
     state = json.loads((learner_dir / "checkpoints" / f"update-{end:08d}" / "state.json").read_text())
     assert state["settings"]["learner"]["groups_per_update"] == 2
+
+
+def test_every_tenth_update_logs_the_thresholds_to_choose_from(
+    model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = {**make_trainer(model_dir).update(collate(plain_samples(0), clock=1)), "time/sample_wait_s": 0.5}
+    run_log = RunLog(tmp_path, run_name="run", wandb_project=None, updates_done=0)
+    with closing(run_log), closing(ServiceClient("http://127.0.0.1:1", settings=NO_RETRY)) as client:
+        reporter = ServiceReporter(run_log, client, total_updates=10)
+        with caplog.at_level(logging.INFO):
+            for updates in (9, 10):
+                reporter.update(Progress(updates, updates), metrics)
+
+    shown = [record.getMessage() for record in caplog.records if "thresholds" in record.getMessage()]
+    p50, p70, p90 = (f"{metrics[f'trust_region/max_k2_nats_p{percent}_estimate']:.3g}" for percent in (50, 70, 90))
+    assert len(shown) == 1
+    assert f"keep 50 / 70 / 90 % of the sequences: max_k2_nats_estimate {p50} / {p70} / {p90}, mean_k3" in shown[0]
 
 
 @pytest.mark.timeout(240)
@@ -131,7 +154,7 @@ def test_a_learner_waits_while_its_service_is_away_and_ends_cleanly_on_sigterm(m
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     limiter = [f"limiter.{name}={value}" for name, value in GENEROUS.model_dump().items()]
-    service = ServeProcess(tmp_path, f"service.port={port}", *limiter)
+    service = ServeProcess(tmp_path, f"service.port={port}", "learner.groups_per_update=2", *limiter)
     try:
         url = service.wait_until_ready()
         client = ServiceClient(url)
@@ -162,12 +185,31 @@ def test_a_learner_waits_while_its_service_is_away_and_ends_cleanly_on_sigterm(m
         service.stop()
 
 
+@pytest.mark.timeout(240)
+def test_service_and_learner_train_together_by_their_defaults(model_dir: Path, tmp_path: Path) -> None:
+    log_path, service = tmp_path / "log", ServeProcess(tmp_path)
+    try:
+        url = service.wait_until_ready()
+        client = ServiceClient(url)
+        table = HttpTable(client)
+        run = ("--set", f"run.name={RUN_ID}", "--set", f"run.runs_dir={tmp_path}", "--set", f"run.model={model_dir}")
+        with _learning(log_path, [*run]) as process:
+            _wait_for(lambda: client.run_info().latest_version == 0, process, log_path)
+            table.insert([make_group(f"g{number}") for number in range(16)])
+            _wait_for(lambda: client.run_info().latest_version == 1, process, log_path)
+            process.terminate()
+            assert process.wait(30) == 0, log_path.read_text()
+        client.close()
+    finally:
+        service.stop()
+
+
 @pytest.mark.parametrize(
     ("setting", "kind", "sentence"),
     [
         ("learner.objective.name=grpoo", InvalidSettings, "there is no objective 'grpoo'"),
         ("learner.device=abacus", InvalidSettings, "learner.device='abacus' cannot be used"),
-        ("run.model=/nowhere", InvalidSettings, "/nowhere is neither a local model directory"),
+        ("run.model=/nowhere", InvalidSettings, "/nowhere is neither a local model directory nor a model in the"),
         ("service.url=http://127.0.0.1:9", ServiceUnreachable, "no answer from http://127.0.0.1:9"),
     ],
 )
@@ -176,6 +218,21 @@ def test_a_setting_that_cannot_be_is_one_sentence(
 ) -> None:
     with serving(make_context(tmp_path / "service")) as url, pytest.raises(kind, match=f"^{sentence}"):
         run_learner(_config(tmp_path, url, model_dir, "client.retry_budget_s=0", setting), resume=False)
+
+
+def test_a_directory_without_a_model_is_one_sentence(tmp_path: Path) -> None:
+    config, model = _config(tmp_path, "http://127.0.0.1:9", tmp_path / "model"), tmp_path / "model"
+    model.mkdir()
+
+    with pytest.raises(InvalidSettings, match=r"is not a model directory: it has no config\.json"):
+        run_learner(config, resume=False)
+    (model / "config.json").write_text("{}")
+    with (
+        serving(make_context(tmp_path / "service")) as url,
+        pytest.raises(InvalidSettings, match="does not hold a causal language model: Unrecognized model") as caught,
+    ):
+        run_learner(_config(tmp_path, url, model), resume=False)
+    assert "\n" not in str(caught.value)
 
 
 def test_another_run_and_another_model_are_refused(model_dir: Path, tmp_path: Path) -> None:

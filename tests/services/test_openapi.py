@@ -8,7 +8,7 @@ import msgpack
 import pytest
 
 from buffer.types import FinishReason
-from buffer.wire import JSON, MSGPACK, InsertRequest, PartsRequest, encode
+from buffer.wire import JSON, MSGPACK, InsertRequest, PartsRequest, decode, encode
 from services.security import ACCESS
 from tests.factories import make_group, make_manifest, parts_of
 
@@ -20,11 +20,14 @@ def openapi(http: httpx.Client) -> dict[str, Any]:
 
 
 def check(openapi: dict[str, Any], route: str, response: httpx.Response) -> None:
-    """Assert that a JSON response is one that the schema announces."""
+    """Assert that a response is one that the schema announces."""
     method, path = route.split(" ")
     described = openapi["paths"][path][method.lower()]["responses"][str(response.status_code)]
-    schema = described["content"][JSON]["schema"] | {"components": openapi["components"]}
-    jsonschema.Draft202012Validator(schema).validate(response.json())
+    media_type = response.headers["Content-Type"].partition(";")[0]
+    schema = described["content"][media_type]["schema"] | {"components": openapi["components"]}
+    is_record = media_type in (JSON, MSGPACK)
+    value = decode(response.content, media_type) if is_record else response.text
+    jsonschema.Draft202012Validator(schema).validate(value)
 
 
 def test_schema_lists_every_route_with_who_may_use_it(openapi: dict[str, Any]) -> None:
@@ -66,6 +69,15 @@ def test_real_responses_are_as_the_schema_says(http: httpx.Client, openapi: dict
 
     check(openapi, "POST /v1/groups", http.post("/v1/groups", content=group, headers=json_type))
     check(openapi, "POST /v1/groups", http.post("/v1/groups", json={"schema": 1, "groups": [{}]}))
+    mixed = [make_group("b").model_dump(mode="json"), {}]
+    partly = http.post("/v1/groups", json={"schema": 1, "groups": mixed}, headers={"Accept": MSGPACK})
+    check(openapi, "POST /v1/groups", partly)
+    many = encode(InsertRequest(groups=[make_group(f"c{number}") for number in range(9)]), MSGPACK)
+    check(openapi, "POST /v1/groups", http.post("/v1/groups", content=many, headers={"Content-Type": MSGPACK}))
+    last = encode(InsertRequest(groups=[make_group("d")]), MSGPACK)
+    full = http.post("/v1/groups", content=last, headers={"Content-Type": MSGPACK, "Accept": MSGPACK})
+    check(openapi, "POST /v1/groups", full)
+    assert (partly.status_code, full.status_code) == (207, 429)
     check(openapi, "POST /v1/groups", http.post("/v1/groups", content=b"", headers={"Content-Type": "text/plain"}))
     check(openapi, "POST /v1/sample", http.post("/v1/sample", json=draw))
     check(openapi, "POST /v1/sample", http.post("/v1/sample", json={}))
@@ -77,7 +89,15 @@ def test_real_responses_are_as_the_schema_says(http: httpx.Client, openapi: dict
     check(openapi, "POST /v1/import", http.post("/v1/import", content=group, headers=json_type))
     check(openapi, "GET /v1/groups", http.get("/v1/groups"))
     check(openapi, "GET /v1/groups", http.get("/v1/groups?limit=0"))
+    check(openapi, "GET /v1/export", http.get("/v1/export"))
+    check(openapi, "GET /v1/prompts", http.get("/v1/prompts"))
+    check(openapi, "POST /v1/priorities", http.post("/v1/priorities", json={"schema": 1, "priorities": {"a": 1.0}}))
     check(openapi, "GET /v1/run", http.get("/v1/run"))
+    check(openapi, "GET /v1/run", http.get("/v1/run", headers={"Accept": MSGPACK}))
+    check(openapi, "GET /", http.get("/"))
+    for name in ("index.html", "page.css", "page.js"):
+        check(openapi, "GET /static/{name}", http.get(f"/static/{name}"))
+    check(openapi, "GET /healthz", http.get("/healthz"))
     check(openapi, "GET /v1/stats", http.get("/v1/stats"))
     check(openapi, "GET /v1/weights/{version}", http.get("/v1/weights/0"))
     manifest = encode(make_manifest(0), JSON)

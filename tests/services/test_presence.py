@@ -29,7 +29,7 @@ def beat(groups_total: int) -> Heartbeat:
 def test_last_message_of_each_is_read_with_its_age_by_any_worker(board: Board, clock: Clock) -> None:
     writer, reader = Presence(board, clock=clock), Presence(board, clock=clock)
     assert reader.read() == (None, [])
-    report = LearnerReport(updates=5, version=4, metrics={"reward/mean": 0.5})
+    report = LearnerReport(updates=5, total_updates=400, version=4, metrics={"reward/mean": 0.5})
 
     writer.heartbeat("b", beat(1))
     writer.heartbeat("learner", beat(2))  # an actor may have any name

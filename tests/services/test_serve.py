@@ -19,12 +19,12 @@ from buffer.table import SampleRequest
 from buffer.weights.directory_store import DirectoryWeightStore
 from services.address import read_address
 from tests.factories import RUN_ID, make_group, make_manifest, parts_of
-from tests.services.live import NO_RETRY, PublishingTable, ServeProcess, stalewise
+from tests.services.live import NO_RETRY, PublishingTable, ServeProcess, redis_pid, stalewise
 
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[ServeProcess]:
-    process = ServeProcess(tmp_path, "limiter.min_size=10")
+    process = ServeProcess(tmp_path)
     yield process
     process.stop()
 
@@ -155,18 +155,6 @@ def test_death_of_its_redis_ends_the_service_with_a_sentence(serve: ServeProcess
     assert "stalewise: our own Redis has died" in serve.log_path.read_text()
 
 
-def redis_pid(directory: Path) -> int:
-    """Return the Redis whose working directory this is."""
-    wanted = os.fspath((directory / "redis").resolve())
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdecimal() and os.readlink(entry / "cwd") == wanted:
-                return int(entry.name)
-        except OSError:
-            continue  # it ended, or it is not ours
-    raise AssertionError(f"no process works in {wanted}")
-
-
 def test_second_service_of_a_run_is_refused_while_the_first_one_lives(serve: ServeProcess) -> None:
     serve.wait_until_ready()
 
@@ -211,6 +199,8 @@ def test_port_in_use_is_a_sentence(tmp_path: Path) -> None:
         ("service.redis_url=redis://127.0.0.1:1/0", 3, "stalewise: Redis does not answer: Error 111 connecting to"),
         ("service.redis_url=nonsense", 2, "stalewise: redis url 'nonsense'"),
         ("service.host=0.0.0.0", 2, "stalewise: service.host=0.0.0.0 can be reached from other machines, but no token"),
+        ("run.runs_dir=/dev/null", 2, f"stalewise: the run's directory /dev/null/{RUN_ID} cannot be written: Not a"),
+        ("run.runs_dir=/proc", 2, f"stalewise: the run's directory /proc/{RUN_ID} cannot be written: "),
         ("service.prot=1", 2, "stalewise: unknown setting service.prot (did you mean service.port"),
         ("limiter.min_size=1000000", 2, "stalewise: limiter.min_size=1000000 is above table.capacity_groups=100000"),
         ("table.capacity_groups=0", 2, "stalewise: table.capacity_groups: input should be greater than or equal to 1"),

@@ -9,23 +9,30 @@ import pytest
 from buffer.errors import InvalidSettings
 from services.address import write_address
 from services.settings import RunConfig, connect, describe, load_config
+from tests.services.live import stalewise
 
 
 def test_later_sources_win(tmp_path: Path) -> None:
     toml = tmp_path / "recipe.toml"
-    toml.write_text("[table]\ncapacity_groups = 10\ncapacity_bytes = 11\nreuse_limit = 12\n")
+    toml.write_text("[table]\ncapacity_groups = 100\ncapacity_bytes = 11\nreuse_limit = 12\n")
     environment = {"STALEWISE_TABLE__CAPACITY_BYTES": "21", "STALEWISE_TABLE__REUSE_LIMIT": "22", "PATH": "/bin"}
 
     config = load_config(toml, overrides=["table.reuse_limit=32"], environment=environment)
 
     table = config.table
-    assert (table.capacity_groups, table.capacity_bytes, table.reuse_limit, table.ttl_s) == (10, 21, 32, None)
+    assert (table.capacity_groups, table.capacity_bytes, table.reuse_limit, table.ttl_s) == (100, 21, 32, None)
 
 
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
         ("table.max_age_updates=null", "table.max_age_updates = null"),
+        ("run.name=2026", 'run.name = "2026"'),
+        ("run.name=2026-11-21", 'run.name = "2026-11-21"'),
+        ("run.runs_dir=007", 'run.runs_dir = "007"'),
+        ("service.token=12345678", 'service.token = "**********"'),
+        ("service.tokens.admin=1234567890", 'service.tokens.admin = ["**********"]'),
+        ("service.url=null", "service.url = null"),
         ("run.name=demo-1", 'run.name = "demo-1"'),
         ('run.name="demo 1"'.replace(" ", ""), 'run.name = "demo1"'),
         ("limiter.error_buffer=1e6", "limiter.error_buffer = 1000000.0"),
@@ -57,6 +64,12 @@ def test_values_are_toml_or_json_or_bare_words(override: str, expected: str) -> 
             "limiter: error_buffer=1 must be at least 2 (2 x max(1, samples_per_insert)): smaller values can block "
             "insert and sample for ever",
         ),
+        (
+            "learner.groups_per_update=17",
+            "learner.groups_per_update=17 by learner.selector can never be served: num_groups=17 is above "
+            "limiter.min_size=16: the table need not ever hold that many groups (raise min_size to at least 17)",
+        ),
+        ("table.capacity_groups=15", "limiter.min_size=16 is above table.capacity_groups=15"),
         ("table.ttl_s=[1", "table.ttl_s: [1 is neither a TOML nor a JSON value"),
         ("table=3", "table: input should be a valid dictionary or instance of TableSettings, got 3"),
         ("run.name.first=x", 'run.name: input should be a valid string, got {"first": "x"}'),
@@ -71,6 +84,23 @@ def test_bad_setting_is_one_sentence_that_names_it_and_shows_no_token(override: 
     assert str(caught.value).startswith(sentence)
     assert "short" not in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def test_replayed_draws_must_be_possible_too() -> None:
+    mixed = ["learner.replay_selector={kind = 'mix', fresh = 0.5}", "limiter.samples_per_insert=4"]
+
+    load_config(None, overrides=mixed)
+    with pytest.raises(InvalidSettings, match=r"by learner\.replay_selector can never be served: 50% of the draw must"):
+        load_config(None, overrides=[*mixed, "learner.replay_updates=1"])
+
+
+@pytest.mark.parametrize("command", ["serve", "learn", "act", "demo"])
+def test_every_process_refuses_settings_that_would_block_the_run(command: str, tmp_path: Path) -> None:
+    done = stalewise(command, "--set", f"run.runs_dir={tmp_path}", "--set", "learner.groups_per_update=1000")
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("stalewise: learner.groups_per_update=1000 by learner.selector can never be served")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["STALEWISE_TABLE__CAPCITY_GROUPS", "STALEWISE_TOKEN"])

@@ -1,6 +1,7 @@
 """Export and import: the same groups come back, and what cannot be corrected for is refused with its reason."""
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -39,9 +40,15 @@ def awkward_group(group_id: str = "awkward") -> Group:
                 reward=0.1 + 0.2,
                 token_rewards=[1 / 3, 0.0, -0.0, 2 / 3],
                 episode_id="e",
-                columns={"entropy": [0.1, float("nan"), float("inf"), 1e-45], "b": [1, 2, 3, 4]},
+                columns={"entropy": [0.1, -0.0, 3.4e38, 1e-45], "b": [1, 2, 3, 4]},
             ),
-            make_trajectory(f"{group_id}-1", reward=-1e18),
+            make_trajectory(
+                f"{group_id}-1",
+                response_ids=[1, 0],
+                behavior_logprobs=[math.log(2 / 3), math.log(0.1)],
+                distribution_logprobs=[math.log(p) for p in (1 / 3, 2 / 3, 0.1, 0.9)],
+                reward=-1e18,
+            ),
         ],
     )
 

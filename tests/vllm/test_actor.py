@@ -60,6 +60,7 @@ def test_its_groups_are_accepted_and_follow_the_published_versions(tmp_path: Pat
         "service.port": 0,
         "limiter.error_buffer": 1e6,
         "limiter.min_size": DRAW,
+        "learner.groups_per_update": DRAW,
         "actor.task.options.num_digits": 4,
         "actor.group_size": 4,
         "actor.groups_per_batch": 2,

@@ -1,6 +1,7 @@
 """arXiv 2601.03320: examples R1, R2, R4 and the closed form of R3."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -95,14 +96,18 @@ def test_r3_the_bandit_optimum_is_stationary() -> None:
 
 
 def test_r4_one_multiplier_reweights_fresh_and_stale_tokens() -> None:
-    tokens = from_ratios(FRESH + STALE, [1.0] * 8)
-    objective = build_objective("r2vpo", {**OPEN, "dual_step": 1.0})
+    ages = torch.tensor([[0]] * 4 + [[9]] * 4)
+    tokens = replace(from_ratios(FRESH + STALE, [1.0] * 8), age_updates=ages)
+    mixed, fresh = (build_objective(name, {**OPEN, "dual_step": 1.0}) for name in ("r2vpo", "r2vpo_fresh"))
+    start = {"variance": 0.5, "variance_ema": 0.04}
 
-    moved = objective.next_multipliers(tokens, {"variance": 0.5, "variance_ema": 0.04})["variance"]
-    fresh_only = objective.next_multipliers(from_ratios(FRESH, [1.0] * 4), {"variance": 0.5, "variance_ema": 0.04})
+    moved = mixed.next_multipliers(tokens, start)["variance"]
+    watched = mixed(tokens, start).watched
 
+    assert watched["variance_fresh"].item() == pytest.approx(0.000975, abs=1e-6)
+    assert watched["variance_stale"].item() == pytest.approx(0.295, abs=1e-6)
     assert moved == pytest.approx(0.607988, abs=1e-6)
-    assert fresh_only["variance"] == pytest.approx(0.460975, abs=1e-6)
+    assert fresh.next_multipliers(tokens, start)["variance"] == pytest.approx(0.460975, abs=1e-6)
     expected = [0.995194, 1.005385, 0.986161, 1.002038, 0.048996, 0.691834, 0.825770, 0.955355]
     assert coefficients(tokens, moved) == pytest.approx(expected, abs=2e-6)
 

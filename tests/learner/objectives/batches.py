@@ -15,7 +15,10 @@ TOKEN_COLUMNS = frozenset(
         Column.REFERENCE_LOGPROBS,
         Column.PROXIMAL_LOGPROBS,
         Column.ENTROPY,
-        Column.SUM_SQUARED_PROBS,
+        Column.OTHER_SQUARED_PROBS,
+        Column.EXACT_KL,
+        Column.EXACT_TV,
+        Column.KL_LOWER_BOUND,
     }
 )
 
@@ -60,9 +63,22 @@ class Row:
         return [0.2 + 0.1 * t for t in range(len(self.mask))]
 
     @property
-    def squares(self) -> list[float]:
-        """Sum of squared probabilities: at least that of the drawn token."""
-        return [min(math.exp(2 * p) + 0.05, 1.0) for p in self.unit]
+    def other_squares(self) -> list[float]:
+        """Sum of the squared probabilities of the tokens that were not drawn."""
+        return [0.02 + 0.03 * (t % 3) for t in range(len(self.mask))]
+
+    @property
+    def exact_kl(self) -> list[float]:
+        """Not the sampled k2: it sees the tokens that were not drawn."""
+        return [0.01 * (t % 4) + 0.3 * min(abs(log), 5.0) for t, log in enumerate(self.log_ratios)]
+
+    @property
+    def exact_tv(self) -> list[float]:
+        return [min(math.sqrt(kl / 3), 1.0) for kl in self.exact_kl]
+
+    @property
+    def kl_lower_bound(self) -> list[float]:
+        return [0.6 * kl for kl in self.exact_kl]
 
     @property
     def trained(self) -> list[int]:
@@ -106,10 +122,16 @@ def tokens_of(
 ) -> Tokens:
     """The rows as tensors, every column filled; what is differentiable is a leaf."""
     mask = padded([[float(m) for m in row.mask] for row in rows], 0.0).bool()
-    numbers = {group: number for number, group in enumerate(dict.fromkeys(row.group for row in rows))}
+
+    def numbered(names: list[int]) -> Tensor:
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+        return torch.tensor([numbers[name] for name in names])
 
     def column(lists: list[list[float]]) -> Tensor:
         return padded(lists, 0.0).masked_fill(~mask, behind_mask).to(dtype)
+
+    def divergence(lists: list[list[float]]) -> Tensor:
+        return column([[0.0] * len(values) for values in lists] if on_policy else lists)
 
     behavior = column([row.behavior for row in rows])
     return Tokens(
@@ -117,15 +139,18 @@ def tokens_of(
         behavior_logprobs=behavior,
         mask=mask,
         rewards=torch.tensor([row.reward for row in rows]),
-        group=torch.tensor([numbers[row.group] for row in rows]),
-        episode=torch.tensor([row.episode for row in rows]),
+        group=numbered([row.group for row in rows]),
+        episode=numbered([row.episode for row in rows]),
         age_updates=padded([[float(a) for a in row.ages] for row in rows], -1.0).long(),
         columns={
             Column.UNIT_LOGPROBS: column([row.unit for row in rows]).requires_grad_(),
             Column.REFERENCE_LOGPROBS: column([row.reference for row in rows]),
             Column.PROXIMAL_LOGPROBS: behavior.clone() if on_policy else column([row.proximal for row in rows]),
             Column.ENTROPY: column([row.entropy for row in rows]),
-            Column.SUM_SQUARED_PROBS: column([row.squares for row in rows]),
+            Column.OTHER_SQUARED_PROBS: column([row.other_squares for row in rows]),
+            Column.EXACT_KL: divergence([row.exact_kl for row in rows]),
+            Column.EXACT_TV: divergence([row.exact_tv for row in rows]),
+            Column.KL_LOWER_BOUND: divergence([row.kl_lower_bound for row in rows]),
             Column.FIRST_LOGIT: torch.tensor([row.first_logit for row in rows], dtype=dtype).requires_grad_(),
             Column.REFERENCE_FIRST_LOGIT: torch.tensor([row.reference_first_logit for row in rows], dtype=dtype),
         },

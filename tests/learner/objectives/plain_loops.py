@@ -161,15 +161,47 @@ def inside_trust_region(row: Row, max_k2: float, mean_k3: float) -> bool:
     return max(x * x / 2 for x in logs) <= max_k2 and statistics.fmean(math.exp(x) - 1 - x for x in logs) <= mean_k3
 
 
-def trm(rows: Sequence[Row], max_k2: float = 0.05, mean_k3: float = math.inf) -> Result:
+def gated(rows: Sequence[Row], keep: Callable[[Row], bool]) -> Result:
+    """-1/B sum rho A over the kept rows."""
     loss, grad = 0.0, {}
     for i, row in enumerate(rows):
         for t in row.trained:
-            if inside_trust_region(row, max_k2, mean_k3):
+            if keep(row):
                 coefficient = token_ratio(row, t) * standardised(rows, i) / len(rows)
                 loss -= coefficient
                 grad[i, t] = -coefficient
     return Result(loss, grad, {}, {})
+
+
+def trm(rows: Sequence[Row], max_k2: float = 0.05, mean_k3: float = math.inf) -> Result:
+    return gated(rows, lambda row: inside_trust_region(row, max_k2, mean_k3))
+
+
+def trm_exact(rows: Sequence[Row], max_kl: float, mean_kl: float, share: float = 1.0) -> Result:
+    """On `share` of the KL: the part that a lower bound proves."""
+
+    def keep(row: Row) -> bool:
+        kls = [share * row.exact_kl[t] for t in row.trained]
+        return max(kls) <= max_kl and statistics.fmean(kls) <= mean_kl
+
+    return gated(rows, keep)
+
+
+def trm_ln(rows: Sequence[Row], threshold: float = 0.05, epsilon: float = 0.05, delta: float = 0.01) -> Result:
+    def keep(row: Row) -> bool:
+        weighted, weights = 0.0, 0.0
+        for place, t in enumerate(row.trained, start=1):
+            later = len(row.trained) - place
+            w = min(1.0, later * epsilon, math.sqrt(later * delta / 2))
+            weighted += w * abs(token_ratio(row, t) - 1)
+            weights += w
+        return weights == 0 or weighted / weights <= threshold
+
+    return gated(rows, keep)
+
+
+def trm_ser(rows: Sequence[Row], threshold: float = 0.05) -> Result:
+    return gated(rows, lambda row: statistics.fmean(abs(token_ratio(row, t) - 1) for t in row.trained) <= threshold)
 
 
 def r2vpo(rows: Sequence[Row], max_log_ratio: float = 5.0) -> Result:
@@ -231,7 +263,10 @@ LOOPS: dict[str, Callable[[Sequence[Row]], Result]] = {
     "minpro_capped": minpro_capped,
     "minpro_hard": minpro_hard,
     "trm": trm,
+    "trm_ln": trm_ln,
+    "trm_ser": trm_ser,
     "r2vpo": r2vpo,
+    "r2vpo_fresh": r2vpo,
     "reval": reval,
     "stalewise": stalewise,
 }

@@ -100,6 +100,61 @@ def test_logits_give_the_worked_numbers_of_reval(tmp_path: Path) -> None:
     assert gradients["first_logit"] == pytest.approx([-2.610030, -0.223277], abs=2e-6)
 
 
+def example_1(behavior_logprobs: list[float] | None = None, *, temperature: float = 1.0) -> dict[str, object]:
+    """Worked example 1 of TRM, its second token one of a tool."""
+    behavior = [[0.7, 0.2, 0.1], [0.5, 0.3, 0.2], [0.9, 0.05, 0.05]]
+    policy = [[0.6, 0.3, 0.1], [0.5, 0.25, 0.25], [0.85, 0.05, 0.1]]
+
+    def logits(rows: list[list[float]]) -> list[list[float]]:
+        return [[temperature * math.log(p) + 3.0 for p in row] for row in rows]
+
+    return {
+        "token_ids": [0, 2, 1],
+        "logits": logits(policy),
+        "behavior_logits": logits(behavior),
+        "behavior_logprobs": behavior_logprobs or [math.log(0.7), math.nan, math.log(0.05)],
+        "mask": [True, False, True],
+        "temperature": temperature,
+        "reward": 1.0,
+        "group": "g",
+    }
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_behavior_logits_give_exact_masks_and_bounds(temperature: float, tmp_path: Path) -> None:
+    path = written(tmp_path, {"trajectories": [example_1(temperature=temperature)]})
+
+    tokens = batch_tokens(read_batch(path))
+    closed = evaluated("trm", {"max_k2": "inf", "max_kl": 0.026}, path)
+    found = evaluated("trm", {"max_k2": "inf", "max_kl": 0.027}, path)
+
+    assert tokens.columns[Column.EXACT_KL][0].tolist() == pytest.approx([0.026812, 0.010068, 0.016785], abs=1e-6)
+    assert tokens.columns[Column.EXACT_TV][0].tolist() == pytest.approx([0.1, 0.05, 0.05], abs=1e-6)
+    assert closed["gates"] == {"trust_region_max": [[False] * 3]}
+    assert found["gates"] == {"trust_region_max": [[True] * 3]}
+    metrics = found["metrics"]
+    assert isinstance(metrics, dict)
+    assert metrics["trust_region/kl_nats_max"] == pytest.approx(0.026812, abs=1e-6)
+    assert metrics["trust_region/sequence_kl_nats_mean"] == pytest.approx(0.026812 + 0.016785, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"behavior_logprobs": [math.log(0.6), 0.0, math.log(0.05)]}, "differ by 0.154 nats at a drawn token"),
+        ({"behavior_logprobs": [math.nan, 0.0, math.log(0.05)]}, "differ by nan nats at a drawn token"),
+        ({"behavior_logits": [[0.0] * 4] * 3}, r"behavior_logits are \[3, 4\], logits \[3, 3\]: give one vocabulary"),
+        ({"behavior_logits": [[0.0] * 3] * 2}, "behavior_logits has 2 entries for 3 behavior_logprobs"),
+        ({"logits": None, "logprobs": [-1.0] * 3}, "behavior_logits need logits: a divergence is between the two"),
+    ],
+)
+def test_behavior_logits_that_fit_nothing_are_refused(change: dict[str, object], sentence: str, tmp_path: Path) -> None:
+    path = written(tmp_path, {"trajectories": [{**example_1(), **change}]})
+
+    with pytest.raises(InvalidRequest, match=sentence):
+        evaluated("trm", {}, path)
+
+
 def test_temperature_applies_to_ratios_and_not_to_the_unit_column(tmp_path: Path) -> None:
     batch = {
         "trajectories": [
@@ -118,7 +173,7 @@ def test_temperature_applies_to_ratios_and_not_to_the_unit_column(tmp_path: Path
 
     assert tokens.logprobs.item() == pytest.approx(math.log(2 / 3), abs=1e-6)
     assert tokens.columns[Column.UNIT_LOGPROBS].item() == pytest.approx(math.log(4 / 5), abs=1e-6)
-    assert tokens.columns[Column.SUM_SQUARED_PROBS].item() == pytest.approx(5 / 9, abs=1e-6)
+    assert tokens.columns[Column.OTHER_SQUARED_PROBS].item() == pytest.approx(1 / 9, abs=1e-6)
     entropy = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3))
     assert tokens.columns[Column.ENTROPY].item() == pytest.approx(entropy, abs=1e-6)
 

@@ -58,17 +58,17 @@ def test_gates_report_what_they_closed_by_age_and_by_sequence() -> None:
     metrics = diagnosed(max_k2=0.1, mean_k3=1e9)
 
     # rows 1, 3 and 4 hold a token with |log rho| > sqrt(0.2): 3, 3 and 1 tokens of 24
-    assert metrics["gate/trust_region_max_closed_share"] == pytest.approx(7 / 24)
-    assert metrics["gate/trust_region_max_age_1_3_closed_share"] == pytest.approx(0.5)
-    assert metrics["gate/trust_region_max_age_16_63_closed_share"] == 1.0
-    assert metrics["gate/trust_region_max_sequences_kept_share"] == pytest.approx(5 / 8)
-    assert metrics["gate/trust_region_mean_closed_share"] == 0.0
+    assert metrics["gate/trust_region_max_estimate_closed_share"] == pytest.approx(7 / 24)
+    assert metrics["gate/trust_region_max_estimate_age_1_3_closed_share"] == pytest.approx(0.5)
+    assert metrics["gate/trust_region_max_estimate_age_16_63_closed_share"] == 1.0
+    assert metrics["gate/trust_region_max_estimate_sequences_kept_share"] == pytest.approx(5 / 8)
+    assert metrics["gate/trust_region_mean_estimate_closed_share"] == 0.0
 
 
 def test_the_acceptance_curve_gives_the_threshold_that_keeps_that_share() -> None:
-    threshold = diagnosed()["trust_region/max_k2_nats_p50"]
+    threshold = diagnosed()["trust_region/max_k2_nats_p50_estimate"]
 
-    kept = diagnosed(max_k2=threshold)["gate/trust_region_max_sequences_kept_share"]
+    kept = diagnosed(max_k2=threshold)["gate/trust_region_max_estimate_sequences_kept_share"]
 
     assert kept == pytest.approx(0.5)
 

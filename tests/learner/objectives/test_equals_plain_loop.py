@@ -57,6 +57,24 @@ def test_recipe_equals_its_plain_loop_on_one_token_and_on_one_group(name: str) -
         ("grpo", {"dual_clip": 3.0, "reference_kl": 0.04}, plain_loops.grpo_with_everything),
         ("trm", {"max_k2": 0.1, "mean_k3": 0.03}, lambda rows: plain_loops.trm(rows, 0.1, 0.03)),
         ("trm", {"max_k2": "inf", "mean_k3": 0.01}, lambda rows: plain_loops.trm(rows, 1e9, 0.01)),
+        (
+            "trm",
+            {"max_k2": "inf", "max_kl": 0.12, "mean_kl": 0.05},
+            lambda rows: plain_loops.trm_exact(rows, 0.12, 0.05),
+        ),
+        ("trm", {"max_k2": "inf", "max_kl": 0.12}, lambda rows: plain_loops.trm_exact(rows, 0.12, 1e9)),
+        ("trm", {"max_k2": "inf", "mean_kl": 0.06}, lambda rows: plain_loops.trm_exact(rows, 1e9, 0.06)),
+        (
+            "trm",
+            {"max_k2": "inf", "max_kl": 0.06, "kl": "lower_bound"},
+            lambda rows: plain_loops.trm_exact(rows, 0.06, 1e9, share=0.6),
+        ),
+        (
+            "trm_ln",
+            {"weighted_deviation": 0.2, "epsilon": 0.4, "delta": 0.3},
+            lambda rows: plain_loops.trm_ln(rows, 0.2, 0.4, 0.3),
+        ),
+        ("trm_ser", {"mean_deviation": 0.25}, lambda rows: plain_loops.trm_ser(rows, 0.25)),
         ("dr_grpo", {"length_tokens": 7}, lambda rows: plain_loops_of_baselines.dr_grpo(rows, 7.0)),
         ("gspo", {"clip_low": 0.2, "clip_high": 0.28}, plain_loops_of_baselines.gspo_with_a_wide_clip),
         (

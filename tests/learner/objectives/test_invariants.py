@@ -39,7 +39,10 @@ AT_RATIO_1: dict[str, tuple[str, Reduction]] = {
     "minpro_capped": ("standardised", mean_over_tokens),
     "minpro_hard": ("standardised", mean_over_tokens),
     "trm": ("standardised", mean_over_sequences_of_sums),
+    "trm_ln": ("standardised", mean_over_sequences_of_sums),
+    "trm_ser": ("standardised", mean_over_sequences_of_sums),
     "r2vpo": ("standardised", mean_over_tokens),
+    "r2vpo_fresh": ("standardised", mean_over_tokens),
     "stalewise": ("leave_one_out", mean_over_tokens),
 }
 """The advantage and the aggregation whose product is a token's coefficient when pi = behaviour."""

@@ -1,11 +1,15 @@
 """Dual ascent: direction, bounds, average, and what the learner must checkpoint."""
 
+import math
+import statistics
 from dataclasses import replace
 
 import pytest
 import torch
 
+from learner.objectives.diagnostics import diagnose
 from learner.objectives.recipes import RECIPES, build_objective
+from learner.tokens import Tokens
 from tests.learner.objectives.batches import ROWS, tokens_of
 
 OPTIONS = {"lambda_start": 0.05, "lambda_max": 0.2, "dual_step": 0.01}
@@ -54,6 +58,55 @@ def test_a_batch_without_advantages_moves_nothing() -> None:
         "variance": 0.1,
         "variance_ema": 0.3,
     }
+
+
+def only_tokens_of_age(ages: range) -> Tokens:
+    """The common batch, its other tokens at pi = behaviour."""
+    rows = [
+        replace(row, log_ratios=[log if a in ages else 0.0 for log, a in zip(row.log_ratios, row.ages, strict=True)])
+        for row in ROWS
+    ]
+    return tokens_of(tuple(rows))
+
+
+@pytest.mark.parametrize(("fresh_updates", "drifting"), [(0, 5), (1, 8), (2, 9), (3, 11), (100, 22)])
+def test_fresh_tokens_are_those_up_to_an_age_and_drive_their_own_multiplier(fresh_updates: int, drifting: int) -> None:
+    options = {**OPTIONS, "dual_step": 1.0, "fresh_updates": fresh_updates, "target_variance": 1e-9}
+    start = {"variance": 0.1, "variance_ema": 0.0}
+    logs = [
+        row.log_ratios[t] for row in ROWS for t in row.trained if 0 <= row.ages[t] <= fresh_updates
+    ]  # foreign tokens have age -1 and are never fresh
+    variance = statistics.fmean((math.exp(log) - 1) ** 2 for log in logs)
+
+    objective = build_objective("r2vpo_fresh", options)
+    moved = objective.next_multipliers(tokens_of(), start)
+    watched = objective(tokens_of(), start).watched
+    elsewhere = objective.next_multipliers(only_tokens_of_age(range(fresh_updates + 1, 999)), start)
+
+    assert len(logs) == drifting
+    assert moved["variance_ema"] == pytest.approx(variance, rel=1e-5)
+    assert watched["variance_fresh"].item() == pytest.approx(variance, rel=1e-5)
+    assert elsewhere["variance_ema"] == 0.0
+
+
+def test_both_buckets_are_reported_and_share_out_the_whole() -> None:
+    watched = build_objective("r2vpo", OPTIONS)(tokens_of(), {"variance": 0.1, "variance_ema": 0.0}).watched
+    moved = build_objective("r2vpo", OPTIONS).next_multipliers(tokens_of(), {"variance": 0.1, "variance_ema": 0.0})
+
+    whole = (8 * watched["variance_fresh"] + 16 * watched["variance_stale"]) / 24
+    assert whole.item() == pytest.approx(moved["variance_ema"], rel=1e-5)
+
+
+def test_a_batch_without_fresh_tokens_moves_nothing_and_reports_no_fresh_variance() -> None:
+    tokens, objective = tokens_of(ROWS[3:7]), build_objective("r2vpo_fresh", OPTIONS)
+    state = {"variance": 0.1, "variance_ema": 0.3}
+
+    loss = objective(tokens, state)
+
+    assert objective.next_multipliers(tokens, state) == state
+    metrics = diagnose(tokens, loss)
+    assert "watched/variance_fresh_mean" not in metrics
+    assert metrics["watched/variance_stale_mean"] > 0
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))

@@ -26,8 +26,14 @@ DOCS = Path(__file__).parents[3] / "docs" / "objectives.md"
         ("reval", {"beta": 0}, "beta=0: .*greater than 0"),
         ("reval", {"beta": float("inf")}, "beta=inf: .*finite"),
         ("r2vpo", {"lambda_start": 0.5, "lambda_max": 0.1}, "lambda_start=0.5 is above lambda_max=0.1"),
+        ("r2vpo_fresh", {"lambda_start": 0.5, "lambda_max": 0.1}, "lambda_start=0.5 is above lambda_max=0.1"),
+        ("r2vpo_fresh", {"fresh_updates": True}, "fresh_updates=True: .*truth value"),
+        ("r2vpo_fresh", {"fresh_updates": -1}, "fresh_updates=-1: .*greater than or equal to 0"),
         ("r2vpo", {"dual_decay": 1}, "dual_decay=1: .*less than 1"),
-        ("trm", {"max_k2": "inf"}, "max_k2 and mean_k3 are both off"),
+        ("trm", {"max_k2": "inf"}, "max_k2, mean_k3, max_kl and mean_kl are all off"),
+        ("trm", {"max_kl": -1}, "max_kl=-1: .*greater than 0"),
+        ("trm", {"kl": "top_k"}, "kl='top_k': .*'exact' or 'lower_bound'"),
+        ("trm_ln", {"epsilon": float("inf")}, "epsilon=inf: .*finite"),
         ("stalewise", {"policy_coefficient": 0, "bellman_coefficient": 0}, "nothing would be learnt"),
     ],
 )
@@ -52,6 +58,13 @@ def test_a_reference_kl_asks_for_the_reference() -> None:
 
     assert build_objective("grpo", {}).columns == frozenset()
     assert build_objective("grpo", {"reference_kl": 0.04}).columns == wanted
+
+
+def test_exact_thresholds_ask_for_the_divergence_that_they_read() -> None:
+    assert build_objective("trm", {}).columns == frozenset()
+    assert build_objective("trm", {"kl": "lower_bound"}).columns == frozenset()
+    assert build_objective("trm", {"max_kl": 0.05}).columns == {Column.EXACT_KL}
+    assert build_objective("trm", {"mean_kl": 0.05, "kl": "lower_bound"}).columns == {Column.KL_LOWER_BOUND}
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))

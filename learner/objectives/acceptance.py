@@ -1,0 +1,104 @@
+"""What trust regions would accept of a batch, and how far the surrogate can be trusted on it: numbers, no gradient.
+
+Names end in `_estimate` where sampled stand-ins say it, in `_lower_bound` where the shipped ids are a part of the
+vocabulary, in neither where every token brought its whole distribution.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from learner.objectives.aggregation import masked, maximum_by_sequence, mean_by_sequence
+from learner.objectives.bounds import error_bounds
+from learner.objectives.ratios import deviation, k2, k3
+from learner.tokens import Column, Tokens
+
+THRESHOLDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+"""Where the acceptance curve is read, from the tightest threshold in use to one that one wild token passes."""
+
+ACCEPTANCES = (0.5, 0.7, 0.9)
+"""Shares of sequences whose thresholds are reported; the paper works at 0.7 and above."""
+
+
+@torch.no_grad()
+def acceptance_curve(tokens: Tokens) -> dict[str, Tensor]:
+    """Return [] each: the thresholds of each statistic that keep ACCEPTANCES, and the shares that THRESHOLDS keep."""
+    metrics: dict[str, Tensor] = {}
+    for name, suffix, values in _statistics(tokens):
+        for share in ACCEPTANCES:
+            metrics[f"trust_region/{name}_p{round(100 * share)}{suffix}"] = values.quantile(share)
+        for threshold in THRESHOLDS:
+            kept = (values <= threshold).float().mean()
+            metrics[f"trust_region/{name}_within_{f'{threshold:g}'.replace('.', '_')}_share{suffix}"] = kept
+    return metrics
+
+
+@torch.no_grad()
+def bound_metrics(tokens: Tokens) -> dict[str, float]:
+    """Return the error bounds of the batch and what they are made of.
+
+    Largest divergences are those of the contexts in the batch, expectations are means over its sequences, and the total
+    variation of whole sequences is bounded by Pinsker and by the sum of its tokens'.
+    """
+    if tokens.columns.keys() >= {Column.EXACT_KL, Column.EXACT_TV}:
+        suffix, kl, tv = "", tokens.columns[Column.EXACT_KL], tokens.columns[Column.EXACT_TV]
+        largest = kl
+    else:
+        suffix, kl, tv = "_estimate", k3(tokens), deviation(tokens) / 2
+        largest = k2(tokens)
+    max_kl, max_tv, sequence_kl, *mean_tv = _distances(tokens, largest=largest, kl=kl, tv=tv).tolist()
+    bounds = error_bounds(
+        max_tv=max_tv,
+        max_kl=max_kl,
+        sequence_kl=sequence_kl,
+        sequence_tv=min((sequence_kl / 2) ** 0.5, sum(mean_tv)),
+        mean_tv=torch.tensor(mean_tv, dtype=torch.float64),
+    )
+    metrics = {
+        "kl_nats_max": max_kl,
+        "tv_max": max_tv,
+        "sequence_kl_nats_mean": sequence_kl,
+        **{f"bound_{name}": bound for name, bound in bounds.items()},
+        "bound_vacuous": float(bounds["best"] >= 1.0),
+    }
+    return {f"trust_region/{name}{suffix}": value for name, value in metrics.items()}
+
+
+def acceptance_sentence(metrics: Mapping[str, float]) -> str:
+    """Return the thresholds that keep each share of ACCEPTANCES in one line, from the metrics of one step."""
+    percent = [round(100 * share) for share in ACCEPTANCES]
+    curves = [
+        f"{name}{suffix} " + " / ".join(f"{metrics[f'trust_region/{name}_p{p}{suffix}']:.3g}" for p in percent)
+        for name, suffix in re.findall(rf"trust_region/(\w+)_p{percent[0]}(\w*)", " ".join(metrics))
+    ]
+    return f"thresholds that keep {' / '.join(map(str, percent))} % of the sequences: {', '.join(curves)}"
+
+
+def _statistics(tokens: Tokens) -> Iterator[tuple[str, str, Tensor]]:
+    """Yield name, suffix and [B] values of what a sequence is accepted by."""
+    yield "max_k2_nats", "_estimate", maximum_by_sequence(tokens, k2(tokens))[:, 0]
+    yield "mean_k3_nats", "_estimate", mean_by_sequence(tokens, k3(tokens))[:, 0]
+    yield "mean_deviation", "_estimate", mean_by_sequence(tokens, deviation(tokens))[:, 0]
+    if Column.EXACT_KL in tokens.columns:
+        suffix, kl = "", tokens.columns[Column.EXACT_KL]
+    elif Column.KL_LOWER_BOUND in tokens.columns:
+        suffix, kl = "_lower_bound", tokens.columns[Column.KL_LOWER_BOUND]
+    else:
+        return
+    yield "max_kl_nats", suffix, maximum_by_sequence(tokens, kl)[:, 0]
+    yield "mean_kl_nats", suffix, mean_by_sequence(tokens, kl)[:, 0]
+
+
+def _distances(tokens: Tokens, *, largest: Tensor, kl: Tensor, tv: Tensor) -> Tensor:
+    """[3 + T] float64: max KL, max TV, mean KL of a sequence, then the mean TV of each trained token's context."""
+    per_token = tv.new_zeros(int(tokens.lengths.max()), dtype=torch.float64)
+    place = (tokens.mask.cumsum(-1) - 1)[tokens.mask]
+    mean_tv = per_token.index_add(0, place, tv[tokens.mask].double()) / tokens.num_trajectories
+    whole = [
+        masked(tokens, largest).amax(),
+        masked(tokens, tv).amax().clamp(max=1.0),
+        masked(tokens, kl).double().sum() / tokens.num_trajectories,
+    ]
+    return torch.cat([torch.stack([value.double() for value in whole]), mean_tv.clamp(max=1.0)]).cpu()
