@@ -89,6 +89,9 @@ def test_length_neutral_weights_and_the_mean_deviation() -> None:
     # w = (.122474, .1, .05, 0), W = .023247, W / Z = .085320; without the epsilon branch it would be .080706
     assert [kept("trm_ln", weighted_deviation=t) for t in (0.0853, 0.08533)] == [False, True]
     assert [kept("trm_ln", weighted_deviation=t, epsilon=1e3) for t in (0.0807, 0.08071)] == [False, True]
+    # radii so wide that every weight but the last is 1: W / Z = .22 / 3
+    wide = {"epsilon": 1.0, "delta": 4.0}
+    assert [kept("trm_ln", weighted_deviation=t, **wide) for t in (0.0733, 0.0734)] == [False, True]
     assert [kept("trm_ser", mean_deviation=t) for t in (0.1799, 0.1801)] == [False, True]
 
 

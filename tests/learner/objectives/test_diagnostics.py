@@ -3,6 +3,7 @@
 import math
 import re
 import statistics
+from dataclasses import replace
 
 import pytest
 
@@ -43,6 +44,29 @@ def test_each_age_bucket_reports_its_own_tokens() -> None:
         assert metrics[f"k2/age_{age}_nats_mean"] == pytest.approx(statistics.fmean(x * x / 2 for x in logs), rel=1e-4)
         k3 = statistics.fmean(math.exp(x) - 1 - x for x in logs)
         assert metrics[f"k3/age_{age}_nats_mean"] == pytest.approx(k3, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("age", "bucket"),
+    [
+        (-1, "foreign"),
+        (0, "0"),
+        (1, "1_3"),
+        (3, "1_3"),
+        (4, "4_15"),
+        (15, "4_15"),
+        (16, "16_63"),
+        (63, "16_63"),
+        (64, "64_plus"),
+        (9999, "64_plus"),
+    ],
+)
+def test_a_bucket_holds_the_ages_of_its_name(age: int, bucket: str) -> None:
+    tokens = tokens_of((replace(ROWS[0], ages=[age] * 5),))
+
+    metrics = diagnose(tokens, build_objective("dapo", {})(tokens, {}))
+
+    assert metrics[f"age/age_{bucket}_tokens_share"] == 1.0
 
 
 def test_the_batch_is_reported_as_a_whole() -> None:

@@ -45,9 +45,12 @@ def test_the_average_decays() -> None:
     objective = build_objective("r2vpo", {**OPTIONS, "dual_decay": 0.75, "target_variance": 0.08})
 
     moved = objective.next_multipliers(tokens_of(on_policy=True), objective.initial_multipliers())
+    wild = objective.next_multipliers(tokens_of(), objective.initial_multipliers())
 
     assert moved["variance_ema"] == pytest.approx(0.06)
     assert moved["variance"] == pytest.approx(0.05 - 0.01 * 0.02)
+    now = statistics.fmean((math.exp(row.log_ratios[t]) - 1) ** 2 for row in ROWS for t in row.trained)
+    assert wild["variance_ema"] == pytest.approx(0.75 * 0.08 + 0.25 * now, rel=1e-5)
 
 
 def test_a_batch_without_advantages_moves_nothing() -> None:

@@ -34,7 +34,7 @@ from learner.objectives.ratios import (
     truncated,
 )
 from learner.objectives.recipes import build_objective
-from learner.objectives.surrogates import dual_clip, hard_clip, importance, score
+from learner.objectives.surrogates import dual_clip, hard_clip, importance, score, weighted
 from learner.tokens import Column, Tokens, cleaned
 from tests.learner.objectives.batches import ROWS, gradient, one_batch, tokens_of
 
@@ -132,6 +132,14 @@ def test_score_sends_its_gradient_through_the_log_prob_alone() -> None:
     values = score(token_ratio)(tokens, torch.full((len(ROWS), 1), 2.0))
 
     torch.testing.assert_close(gradient(values.sum(), tokens.logprobs), 2.0 * token_ratio(tokens).detach())
+
+
+def test_a_weight_has_no_gradient_of_its_own() -> None:
+    tokens = tokens_of(behind_mask=0.0)
+
+    values = weighted(importance(token_ratio), token_ratio)(tokens, torch.full((len(ROWS), 1), 2.0))
+
+    torch.testing.assert_close(gradient(values.sum(), tokens.logprobs), 2.0 * token_ratio(tokens).detach().square())
 
 
 @pytest.mark.parametrize(
