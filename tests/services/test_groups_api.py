@@ -12,9 +12,10 @@ import pytest
 
 from buffer.client import HttpTable
 from buffer.connection import ServiceClient
+from buffer.types import Part, Split
 from buffer.wire import JSON, MSGPACK, InsertRequest, encode
 from services.context import ServiceContext
-from tests.factories import make_group, make_trajectory
+from tests.factories import RUN_ID, make_group, make_trajectory
 from tests.services.live import NO_RETRY
 
 
