@@ -73,13 +73,13 @@ def capped_prefix_ratio(tokens: Tokens) -> Tensor:
 
 
 def soft_clip(ratio: TokenPiece, *, low: float, high: float) -> TokenPiece:
-    """sg[clip(ratio, 1 - low, 1 + high)], a weight: it bounds a coefficient and drops no token."""
-    return lambda tokens: ratio(tokens).detach().clamp(1.0 - low, 1.0 + high)
+    """clip(ratio, 1 - low, 1 + high), a weight: it bounds a coefficient and drops no token."""
+    return lambda tokens: ratio(tokens).clamp(1.0 - low, 1.0 + high)
 
 
 def truncated(ratio: TokenPiece, *, cap: float) -> TokenPiece:
-    """sg[min(ratio, cap)], a weight."""
-    return lambda tokens: ratio(tokens).detach().clamp(max=cap)
+    """min(ratio, cap), a weight."""
+    return lambda tokens: ratio(tokens).clamp(max=cap)
 
 
 def deviation(tokens: Tokens) -> Tensor:

@@ -25,7 +25,7 @@ def optimal_token_baseline(*, weight: TokenPiece | None = None) -> Advantage:
     def compute(tokens: Tokens) -> Tensor:
         energies = squared_logit_gradient(tokens)
         if weight is not None:
-            energies = energies * weight(tokens).double().square()
+            energies = energies * weight(tokens).detach().double().square()
         energies = masked(tokens, energies).cumsum(-1)
         returns = _reward_to_go(tokens)
         places = _places(tokens.group, tokens)

@@ -75,7 +75,7 @@ def test_ages_groups_and_episodes_come_from_the_file(tmp_path: Path) -> None:
 
     for name in ("mask", "rewards", "group", "episode"):
         assert getattr(tokens, name).tolist() == getattr(expected, name).tolist()
-    assert tokens.age_updates[tokens.mask].tolist() == expected.age_updates[expected.mask].tolist()
+    assert tokens.age_updates.tolist() == expected.age_updates.tolist()
 
 
 def test_logits_give_the_worked_numbers_of_reval(tmp_path: Path) -> None:
@@ -232,6 +232,8 @@ def test_the_catalog_lists_every_recipe_and_describes_each_option() -> None:
         text = described(name)
         assert recipe.sentence in text
         assert all(f"  {option} = " in text for option in recipe.model_fields)
+    assert "needs: no column but the log-probs" in described("dapo")
+    assert "needs: first_logit, reference_first_logit, reference_logprobs, unit_logprobs" in described("reval")
 
 
 def test_the_example_in_the_docs_is_true(tmp_path: Path) -> None:

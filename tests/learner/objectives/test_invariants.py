@@ -166,6 +166,17 @@ def test_a_trained_token_that_is_not_finite_is_refused_by_place(name: str, broke
         build_objective(name, {})(tokens, MULTIPLIERS)
 
 
+@pytest.mark.parametrize("name", EVERY_RECIPE)
+def test_what_a_loss_reports_is_detached_and_its_gates_are_full_sized(name: str) -> None:
+    tokens = tokens_of()
+
+    loss = build_objective(name, {})(tokens, MULTIPLIERS)
+
+    assert loss.total.requires_grad
+    assert not any(value.requires_grad for value in (*loss.parts.values(), *loss.watched.values()))
+    assert all(gate.shape == tokens.mask.shape and gate.dtype == torch.bool for gate in loss.gates.values())
+
+
 def test_a_reward_that_is_not_finite_is_refused() -> None:
     tokens = replace(tokens_of(), rewards=torch.tensor([1.0, NAN, 0, 0, 0, 0, 0, 0]))
 

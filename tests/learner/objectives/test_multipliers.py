@@ -108,6 +108,7 @@ def test_a_batch_without_fresh_tokens_moves_nothing_and_reports_no_fresh_varianc
 
     assert objective.next_multipliers(tokens, state) == state
     metrics = diagnose(tokens, loss)
+    assert build_objective("stalewise", {}).next_multipliers(tokens, state) != state  # the whole batch drives it
     assert "watched/variance_fresh_mean" not in metrics
     assert metrics["watched/variance_stale_mean"] > 0
 
