@@ -92,8 +92,11 @@ def test_kill_of_the_service_loses_no_held_trajectory_and_a_janitor_completes_wh
 ) -> None:
     serve = ServeProcess(
         tmp_path,
-        *("limiter.min_size=1", "limiter.error_buffer=2", "service.janitor_tick_s=0.05"),
-        *("table.partial_group_timeout_s=1000",),
+        *("limiter.min_size=1", "limiter.error_buffer=2", "learner.groups_per_update=1"),
+        *(
+            "service.janitor_tick_s=0.05",
+            "table.partial_group_timeout_s=1000",
+        ),
     )
     first, second = parts_of("p", size=2)
     waiting = parts_of("w", size=2)
