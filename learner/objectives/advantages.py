@@ -27,7 +27,7 @@ def group_mean(tokens: Tokens) -> Tensor:
 def leave_one_out(tokens: Tokens) -> Tensor:
     """r - mean(r of the other episodes of the group) = n / (n - 1) * (r - mean)."""
     episodes = _episodes_in_group(tokens)
-    factor = torch.where(episodes > 1, episodes / (episodes - 1).clamp(min=1), 1.0)
+    factor = episodes / (episodes - 1).clamp(min=1)
     return (factor * _centred(tokens)).float()[:, None]
 
 

@@ -155,6 +155,13 @@ def test_behavior_logits_that_fit_nothing_are_refused(change: dict[str, object],
         evaluated("trm", {}, path)
 
 
+def test_ages_are_counted_from_the_version_of_the_learner_which_is_0_when_left_out(tmp_path: Path) -> None:
+    spanned = {**GOOD, "spans": [{"start": 0, "end": 1, "version": 0}, {"start": 1, "end": 2, "version": None}]}
+
+    for batch, ages in (({"trajectories": [spanned]}, [0, -1]), ({"trajectories": [GOOD]}, [-1, -1])):
+        assert batch_tokens(read_batch(written(tmp_path, batch))).age_updates.tolist() == [ages]
+
+
 def test_temperature_applies_to_ratios_and_not_to_the_unit_column(tmp_path: Path) -> None:
     batch = {
         "trajectories": [

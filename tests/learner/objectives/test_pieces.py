@@ -21,7 +21,7 @@ from learner.objectives.aggregation import (
     sum_over_sequences_per_token,
 )
 from learner.objectives.bellman import REVAL_COLUMNS, reval_residual
-from learner.objectives.gates import inside_clip, sequence_maximum, sequence_mean
+from learner.objectives.gates import inside_band, inside_clip, sequence_maximum, sequence_mean
 from learner.objectives.ratios import (
     k1,
     k2,
@@ -29,6 +29,7 @@ from learner.objectives.ratios import (
     log_ratio,
     prefix_minimum,
     prefix_ratio,
+    sequence_product,
     token_ratio,
     truncated,
 )
@@ -91,6 +92,13 @@ def test_log_ratios_stop_at_the_guard_and_stay_finite_when_squared_and_multiplie
     assert log_ratio(tokens).abs().tolist() == [[20.0, 20.0]]
     assert prefix_ratio(tokens).square().isfinite().all()
     assert not gradient(token_ratio(tokens).sum(), tokens.logprobs).any()
+
+
+def test_the_product_of_a_sequence_has_the_guard_of_one_ratio() -> None:
+    tokens = from_logs([[9.0] * 6, [-9.0] * 6, [0.1, 0.2, -0.1, 0.0, 0.0, 0.0]])
+
+    expected = [math.exp(20.0), math.exp(-20.0), math.exp(0.2)]
+    assert sequence_product(tokens)[:, 0].tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_k_statistics_at_a_hundred_and_at_a_hundredth() -> None:
@@ -192,6 +200,14 @@ def test_inside_clip_closes_what_moved_too_far_in_its_own_direction(
     tokens = from_logs([[math.log(ratio)]])
 
     assert inside_clip(token_ratio, low=0.2, high=0.2)(tokens, torch.tensor([[advantage]])).item() is is_open
+
+
+@pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
+def test_a_token_on_the_edge_of_a_clip_or_band_is_inside(advantage: float) -> None:
+    tokens = from_logs([[0.0]])
+
+    for gate in (inside_clip(token_ratio, low=0.0, high=0.0), inside_band(token_ratio, low=1.0, high=1.0)):
+        assert gate(tokens, torch.tensor([[advantage]])).item()
 
 
 def test_a_clip_reports_the_tokens_without_gradient() -> None:
