@@ -163,21 +163,18 @@ def test_ages_are_counted_from_the_version_of_the_learner_which_is_0_when_left_o
 
 
 def test_temperature_applies_to_ratios_and_not_to_the_unit_column(tmp_path: Path) -> None:
-    batch = {
-        "trajectories": [
-            {
-                "token_ids": [1],
-                "logits": [[0.0, math.log(4.0)]],
-                "behavior_logprobs": [-1.0],
-                "reward": 1,
-                "group": "g",
-                "temperature": 2.0,
-            }
-        ]
+    entry = {
+        "token_ids": [1],
+        "logits": [[0.0, math.log(4.0)]],
+        "behavior_logprobs": [-1.0],
+        "reward": 1,
+        "group": "g",
     }
 
-    tokens = batch_tokens(read_batch(written(tmp_path, batch)))
+    tokens = batch_tokens(read_batch(written(tmp_path, {"trajectories": [{**entry, "temperature": 2.0}]})))
+    plain = batch_tokens(read_batch(written(tmp_path, {"trajectories": [entry]})))
 
+    assert plain.logprobs.item() == plain.columns[Column.UNIT_LOGPROBS].item()
     assert tokens.logprobs.item() == pytest.approx(math.log(2 / 3), abs=1e-6)
     assert tokens.columns[Column.UNIT_LOGPROBS].item() == pytest.approx(math.log(4 / 5), abs=1e-6)
     assert tokens.columns[Column.OTHER_SQUARED_PROBS].item() == pytest.approx(1 / 9, abs=1e-6)
