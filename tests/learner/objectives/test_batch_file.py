@@ -73,6 +73,9 @@ def test_ages_groups_and_episodes_come_from_the_file(tmp_path: Path) -> None:
 
     tokens, expected = batch_tokens(read_batch(path)), tokens_of()
 
+    assert tokens.logprobs.requires_grad
+    for column, values in tokens.columns.items():
+        assert values.requires_grad == expected.columns[column].requires_grad
     for name in ("mask", "rewards", "group", "episode"):
         assert getattr(tokens, name).tolist() == getattr(expected, name).tolist()
     assert tokens.age_updates.tolist() == expected.age_updates.tolist()
@@ -142,6 +145,7 @@ def test_behavior_logits_give_exact_masks_and_bounds(temperature: float, tmp_pat
     ("change", "sentence"),
     [
         ({"behavior_logprobs": [math.log(0.6), 0.0, math.log(0.05)]}, "differ by 0.154 nats at a drawn token"),
+        ({"behavior_logprobs": [math.log(0.8), 0.0, math.log(0.05)]}, "differ by 0.134 nats at a drawn token"),
         ({"behavior_logprobs": [math.nan, 0.0, math.log(0.05)]}, "differ by nan nats at a drawn token"),
         ({"behavior_logits": [[0.0] * 4] * 3}, r"behavior_logits are \[3, 4\], logits \[3, 3\]: give one vocabulary"),
         ({"behavior_logits": [[0.0] * 3] * 2}, "behavior_logits has 2 entries for 3 behavior_logprobs"),
@@ -153,6 +157,14 @@ def test_behavior_logits_that_fit_nothing_are_refused(change: dict[str, object],
 
     with pytest.raises(InvalidRequest, match=sentence):
         evaluated("trm", {}, path)
+
+
+def test_a_trajectory_is_an_episode_of_its_own_unless_it_says_otherwise(tmp_path: Path) -> None:
+    shared = {**GOOD, "episode": "0"}  # a name is no number: the first trajectory is not of this episode
+
+    tokens = batch_tokens(read_batch(written(tmp_path, {"trajectories": [GOOD, GOOD, shared, shared]})))
+
+    assert tokens.episode.tolist() == [0, 1, 2, 2]
 
 
 def test_ages_are_counted_from_the_version_of_the_learner_which_is_0_when_left_out(tmp_path: Path) -> None:
