@@ -38,7 +38,7 @@ def standardised(*, lost_degrees: int, epsilon: float) -> Advantage:
     def advantage(tokens: Tokens) -> Tensor:
         episodes, centred = _episodes_in_group(tokens), _centred(tokens)
         squares = _sum_over_group(tokens, centred.square())
-        deviation = (squares / (episodes - lost_degrees).clamp(min=1)).sqrt()
+        deviation = (squares / (episodes - lost_degrees)).sqrt()  # nan for one episode, which has no scale
         scale = torch.where(episodes > 1, deviation + epsilon, 1.0)
         return (centred / scale).float()[:, None]
 

@@ -26,7 +26,7 @@ def optimal_token_baseline(*, weight: TokenPiece | None = None) -> Advantage:
         energies = squared_logit_gradient(tokens)
         if weight is not None:
             energies = energies * weight(tokens).detach().double().square()
-        energies = masked(tokens, energies).cumsum(-1)
+        energies = energies.cumsum(-1)  # masked tokens have none: their log-prob is 0 and so is their column
         returns = _reward_to_go(tokens)
         places = _places(tokens.group, tokens)
         # members of one episode at one place share its single vote

@@ -73,6 +73,9 @@ def test_ages_groups_and_episodes_come_from_the_file(tmp_path: Path) -> None:
 
     tokens, expected = batch_tokens(read_batch(path)), tokens_of()
 
+    assert tokens.logprobs.requires_grad
+    for column, values in tokens.columns.items():
+        assert values.requires_grad == expected.columns[column].requires_grad
     for name in ("mask", "rewards", "group", "episode"):
         assert getattr(tokens, name).tolist() == getattr(expected, name).tolist()
     assert tokens.age_updates.tolist() == expected.age_updates.tolist()
@@ -142,6 +145,7 @@ def test_behavior_logits_give_exact_masks_and_bounds(temperature: float, tmp_pat
     ("change", "sentence"),
     [
         ({"behavior_logprobs": [math.log(0.6), 0.0, math.log(0.05)]}, "differ by 0.154 nats at a drawn token"),
+        ({"behavior_logprobs": [math.log(0.8), 0.0, math.log(0.05)]}, "differ by 0.134 nats at a drawn token"),
         ({"behavior_logprobs": [math.nan, 0.0, math.log(0.05)]}, "differ by nan nats at a drawn token"),
         ({"behavior_logits": [[0.0] * 4] * 3}, r"behavior_logits are \[3, 4\], logits \[3, 3\]: give one vocabulary"),
         ({"behavior_logits": [[0.0] * 3] * 2}, "behavior_logits has 2 entries for 3 behavior_logprobs"),
@@ -155,6 +159,14 @@ def test_behavior_logits_that_fit_nothing_are_refused(change: dict[str, object],
         evaluated("trm", {}, path)
 
 
+def test_a_trajectory_is_an_episode_of_its_own_unless_it_says_otherwise(tmp_path: Path) -> None:
+    shared = {**GOOD, "episode": "0"}  # a name is no number: the first trajectory is not of this episode
+
+    tokens = batch_tokens(read_batch(written(tmp_path, {"trajectories": [GOOD, GOOD, shared, shared]})))
+
+    assert tokens.episode.tolist() == [0, 1, 2, 2]
+
+
 def test_ages_are_counted_from_the_version_of_the_learner_which_is_0_when_left_out(tmp_path: Path) -> None:
     spanned = {**GOOD, "spans": [{"start": 0, "end": 1, "version": 0}, {"start": 1, "end": 2, "version": None}]}
 
@@ -163,21 +175,18 @@ def test_ages_are_counted_from_the_version_of_the_learner_which_is_0_when_left_o
 
 
 def test_temperature_applies_to_ratios_and_not_to_the_unit_column(tmp_path: Path) -> None:
-    batch = {
-        "trajectories": [
-            {
-                "token_ids": [1],
-                "logits": [[0.0, math.log(4.0)]],
-                "behavior_logprobs": [-1.0],
-                "reward": 1,
-                "group": "g",
-                "temperature": 2.0,
-            }
-        ]
+    entry = {
+        "token_ids": [1],
+        "logits": [[0.0, math.log(4.0)]],
+        "behavior_logprobs": [-1.0],
+        "reward": 1,
+        "group": "g",
     }
 
-    tokens = batch_tokens(read_batch(written(tmp_path, batch)))
+    tokens = batch_tokens(read_batch(written(tmp_path, {"trajectories": [{**entry, "temperature": 2.0}]})))
+    plain = batch_tokens(read_batch(written(tmp_path, {"trajectories": [entry]})))
 
+    assert plain.logprobs.item() == plain.columns[Column.UNIT_LOGPROBS].item()
     assert tokens.logprobs.item() == pytest.approx(math.log(2 / 3), abs=1e-6)
     assert tokens.columns[Column.UNIT_LOGPROBS].item() == pytest.approx(math.log(4 / 5), abs=1e-6)
     assert tokens.columns[Column.OTHER_SQUARED_PROBS].item() == pytest.approx(1 / 9, abs=1e-6)

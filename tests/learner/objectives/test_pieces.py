@@ -246,6 +246,14 @@ def test_the_name_of_a_reduction_is_its_denominator() -> None:
     assert sum_over_sequences_per_token(tokens, by_sequence).item() == pytest.approx(3.5)
 
 
+def test_a_batch_without_trained_tokens_has_no_loss() -> None:
+    tokens = from_logs([[0.0, 0.0], [0.0]], mask=[[0, 0], [0]])
+
+    for reduction in (mean_over_tokens, mean_over_sequences_of_means, mean_over_sequences_of_sums):
+        assert reduction(tokens, torch.ones(2, 2)).item() == 0.0
+    assert sum_over_sequences_per_token(tokens, torch.zeros(2)).item() == 0.0
+
+
 def test_statistics_by_sequence_see_trained_tokens_only() -> None:
     tokens = from_logs([[0.0] * 3, [0.0] * 2], mask=[[1, 0, 1], [0, 0]])
     values = torch.tensor([[-3.0, math.nan, -1.0], [math.nan, math.nan, math.nan]])
