@@ -205,6 +205,7 @@ GOOD: dict[str, object] = {"logprobs": [-1.0, -2.0], "behavior_logprobs": [-1.0,
         ({"logprobs": None}, "give either logprobs or logits"),
         ({"reference_logits": [[0.0], [0.0]]}, "logits need token_ids"),
         ({"reference_logits": [[0.0], [0.0]], "token_ids": [0, 1]}, "token_ids below it"),
+        ({"reference_logits": [[0.0], [0.0]], "token_ids": [-1, 0]}, "token_ids below it"),
         ({"reference_logits": [[0.0], [0.0, 1.0]], "token_ids": [0, 0]}, "one width"),
         ({"mask": [False, False]}, "no token is trained"),
         ({"columns": {"first_logit": [1.0, 2.0]}}, "columns.first_logit must be one number"),
@@ -247,6 +248,7 @@ def test_the_catalog_lists_every_recipe_and_describes_each_option() -> None:
     for name, recipe in RECIPES.items():
         text = described(name)
         assert recipe.sentence in text
+        assert (recipe.__doc__ or "nothing") in text
         assert all(f"  {option} = " in text for option in recipe.model_fields)
     assert "needs: no column but the log-probs" in described("dapo")
     assert "needs: first_logit, reference_first_logit, reference_logprobs, unit_logprobs" in described("reval")
