@@ -159,6 +159,26 @@ def test_behavior_logits_that_fit_nothing_are_refused(change: dict[str, object],
         evaluated("trm", {}, path)
 
 
+def test_the_first_logit_is_that_of_the_first_trained_token(tmp_path: Path) -> None:
+    entry = {
+        "token_ids": [0, 1, 0, 1],
+        "logits": [[0.1, 0.2], [0.3, 0.4], [0.5, 0.6], [0.7, 0.8]],
+        "reference_logits": [[1.1, 1.2], [1.3, 1.4], [1.5, 1.6], [1.7, 1.8]],
+        "behavior_logprobs": [-1.0] * 4,
+        "mask": [False, True, True, True],
+        "reward": 1,
+        "group": "g",
+    }
+    given = {**entry, "logits": None, "logprobs": [-1.0] * 4}
+
+    columns = batch_tokens(read_batch(written(tmp_path, {"trajectories": [entry]}))).columns
+    of_the_reference = batch_tokens(read_batch(written(tmp_path, {"trajectories": [given]}))).columns
+
+    assert columns[Column.FIRST_LOGIT].tolist() == pytest.approx([0.4])
+    assert columns[Column.REFERENCE_FIRST_LOGIT].tolist() == pytest.approx([1.4])
+    assert of_the_reference.keys() == {Column.REFERENCE_LOGPROBS, Column.REFERENCE_FIRST_LOGIT}
+
+
 def test_a_trajectory_is_an_episode_of_its_own_unless_it_says_otherwise(tmp_path: Path) -> None:
     shared = {**GOOD, "episode": "0"}  # a name is no number: the first trajectory is not of this episode
 
