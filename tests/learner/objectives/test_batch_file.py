@@ -159,6 +159,26 @@ def test_behavior_logits_that_fit_nothing_are_refused(change: dict[str, object],
         evaluated("trm", {}, path)
 
 
+def test_the_first_logit_is_that_of_the_first_trained_token(tmp_path: Path) -> None:
+    entry = {
+        "token_ids": [0, 1, 0, 1],
+        "logits": [[0.1, 0.2], [0.3, 0.4], [0.5, 0.6], [0.7, 0.8]],
+        "reference_logits": [[1.1, 1.2], [1.3, 1.4], [1.5, 1.6], [1.7, 1.8]],
+        "behavior_logprobs": [-1.0] * 4,
+        "mask": [False, True, True, True],
+        "reward": 1,
+        "group": "g",
+    }
+    given = {**entry, "logits": None, "logprobs": [-1.0] * 4}
+
+    columns = batch_tokens(read_batch(written(tmp_path, {"trajectories": [entry]}))).columns
+    of_the_reference = batch_tokens(read_batch(written(tmp_path, {"trajectories": [given]}))).columns
+
+    assert columns[Column.FIRST_LOGIT].tolist() == pytest.approx([0.4])
+    assert columns[Column.REFERENCE_FIRST_LOGIT].tolist() == pytest.approx([1.4])
+    assert of_the_reference.keys() == {Column.REFERENCE_LOGPROBS, Column.REFERENCE_FIRST_LOGIT}
+
+
 def test_a_trajectory_is_an_episode_of_its_own_unless_it_says_otherwise(tmp_path: Path) -> None:
     shared = {**GOOD, "episode": "0"}  # a name is no number: the first trajectory is not of this episode
 
@@ -205,6 +225,7 @@ GOOD: dict[str, object] = {"logprobs": [-1.0, -2.0], "behavior_logprobs": [-1.0,
         ({"logprobs": None}, "give either logprobs or logits"),
         ({"reference_logits": [[0.0], [0.0]]}, "logits need token_ids"),
         ({"reference_logits": [[0.0], [0.0]], "token_ids": [0, 1]}, "token_ids below it"),
+        ({"reference_logits": [[0.0], [0.0]], "token_ids": [-1, 0]}, "token_ids below it"),
         ({"reference_logits": [[0.0], [0.0, 1.0]], "token_ids": [0, 0]}, "one width"),
         ({"mask": [False, False]}, "no token is trained"),
         ({"columns": {"first_logit": [1.0, 2.0]}}, "columns.first_logit must be one number"),
@@ -247,6 +268,7 @@ def test_the_catalog_lists_every_recipe_and_describes_each_option() -> None:
     for name, recipe in RECIPES.items():
         text = described(name)
         assert recipe.sentence in text
+        assert (recipe.__doc__ or "nothing") in text
         assert all(f"  {option} = " in text for option in recipe.model_fields)
     assert "needs: no column but the log-probs" in described("dapo")
     assert "needs: first_logit, reference_first_logit, reference_logprobs, unit_logprobs" in described("reval")

@@ -21,7 +21,7 @@ from learner.objectives.aggregation import (
     sum_over_sequences_per_token,
 )
 from learner.objectives.bellman import REVAL_COLUMNS, reval_residual
-from learner.objectives.gates import inside_band, inside_clip, sequence_maximum, sequence_mean
+from learner.objectives.gates import bounded_second_moment, inside_band, inside_clip, sequence_maximum, sequence_mean
 from learner.objectives.ratios import (
     k1,
     k2,
@@ -29,6 +29,8 @@ from learner.objectives.ratios import (
     log_ratio,
     prefix_minimum,
     prefix_ratio,
+    proximal_ratio,
+    proximal_to_behavior,
     sequence_product,
     token_ratio,
     truncated,
@@ -99,6 +101,18 @@ def test_the_product_of_a_sequence_has_the_guard_of_one_ratio() -> None:
 
     expected = [math.exp(20.0), math.exp(-20.0), math.exp(0.2)]
     assert sequence_product(tokens)[:, 0].tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_ratios_by_the_proximal_policy_have_the_same_guard() -> None:
+    tokens = replace(
+        from_logs([[0.0, 0.0]]),
+        logprobs=torch.tensor([[0.0, -1000.0]]),
+        columns={Column.PROXIMAL_LOGPROBS: torch.tensor([[-1000.0, 0.0]])},
+    )
+
+    wild = [math.exp(20.0), math.exp(-20.0)]
+    assert proximal_ratio(tokens)[0].tolist() == pytest.approx(wild, rel=1e-5)
+    assert proximal_to_behavior(tokens)[0].tolist() == pytest.approx([math.exp(-20.0), 1.0], rel=1e-5)
 
 
 def test_k_statistics_at_a_hundred_and_at_a_hundredth() -> None:
@@ -192,7 +206,15 @@ def test_a_sequence_on_the_threshold_is_kept() -> None:
 
 @pytest.mark.parametrize(
     ("ratio", "advantage", "is_open"),
-    [(1.3, 1.0, False), (1.3, -1.0, True), (0.7, -1.0, False), (0.7, 1.0, True), (1.3, 0.0, True), (1.1, 1.0, True)],
+    [
+        (1.3, 1.0, False),
+        (1.3, -1.0, True),
+        (0.7, -1.0, False),
+        (0.7, 1.0, True),
+        (1.3, 0.0, True),
+        (0.7, 0.0, True),
+        (1.1, 1.0, True),
+    ],
 )
 def test_inside_clip_closes_what_moved_too_far_in_its_own_direction(
     ratio: float, advantage: float, is_open: bool
@@ -202,12 +224,35 @@ def test_inside_clip_closes_what_moved_too_far_in_its_own_direction(
     assert inside_clip(token_ratio, low=0.2, high=0.2)(tokens, torch.tensor([[advantage]])).item() is is_open
 
 
+def test_a_second_moment_at_the_threshold_is_not_below_it() -> None:
+    tokens = replace(
+        from_logs([[0.0, 0.0, 0.0]]),
+        logprobs=torch.tensor([[0.5, -0.5, 0.25]]),
+        behavior_logprobs=torch.zeros(1, 3),
+    )
+
+    # squares 1/4, 1/4, 1/16: all three have the mean 3/16, and the two smallest 5/32
+    for threshold, kept in ((0.25, 3), (3 / 16, 2), (5 / 32, 1), (1 / 16, 0)):
+        assert bounded_second_moment(threshold=threshold)(tokens, torch.ones(1, 1)).sum().item() == kept
+    alone = replace(tokens, mask=torch.tensor([[True, False, False]]))
+    assert not bounded_second_moment(threshold=0.25)(alone, torch.ones(1, 1)).any()
+
+
 @pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
 def test_a_token_on_the_edge_of_a_clip_or_band_is_inside(advantage: float) -> None:
     tokens = from_logs([[0.0]])
 
     for gate in (inside_clip(token_ratio, low=0.0, high=0.0), inside_band(token_ratio, low=1.0, high=1.0)):
         assert gate(tokens, torch.tensor([[advantage]])).item()
+
+
+@pytest.mark.parametrize(
+    ("kl", "gate"), [("exact", "trust_region_max"), ("lower_bound", "trust_region_max_lower_bound")]
+)
+def test_a_gate_is_named_after_what_its_kl_proves(kl: str, gate: str) -> None:
+    objective = build_objective("trm", {"max_k2": "inf", "max_kl": 0.06, "kl": kl})
+
+    assert objective(tokens_of(), {}).gates.keys() == {gate}
 
 
 def test_a_clip_reports_the_tokens_without_gradient() -> None:
