@@ -7,9 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from learner.objectives.advantages import group_mean, leave_one_out, no_baseline, standardised
+from learner.objectives.advantages import group_mean
 from learner.objectives.aggregation import (
     maximum_by_sequence,
     mean_by_sequence,
@@ -20,7 +19,6 @@ from learner.objectives.aggregation import (
     sum_by_sequence,
     sum_over_sequences_per_token,
 )
-from learner.objectives.bellman import REVAL_COLUMNS, reval_residual
 from learner.objectives.gates import bounded_second_moment, inside_band, inside_clip, sequence_maximum, sequence_mean
 from learner.objectives.ratios import (
     k1,
@@ -318,126 +316,3 @@ def test_values_of_rejected_tokens_still_count_in_every_denominator() -> None:
 
 
 # ---- advantages
-
-
-def rewards(values: list[float], group: list[int], episode: list[int] | None = None) -> Tokens:
-    tokens = one_batch(policy=[[0.5]] * len(values), behavior=[[0.5]] * len(values), rewards=values, group=group)
-    return tokens if episode is None else replace(tokens, episode=torch.tensor(episode))
-
-
-def flat(values: Tensor) -> list[float]:
-    found: list[float] = values[:, 0].tolist()
-    return found
-
-
-def test_advantages_of_unequal_groups_and_a_group_of_one() -> None:
-    tokens = rewards([1.0, 0.0, 0.0, 2.0, 4.0, 0.5], group=[0, 0, 0, 1, 1, 2])
-    sample, population = standardised(lost_degrees=1, epsilon=1e-6), standardised(lost_degrees=0, epsilon=1e-6)
-
-    assert flat(no_baseline(tokens)) == [1.0, 0.0, 0.0, 2.0, 4.0, 0.5]
-    assert flat(group_mean(tokens)) == pytest.approx([2 / 3, -1 / 3, -1 / 3, -1.0, 1.0, 0.5])
-    assert flat(leave_one_out(tokens)) == pytest.approx([1.0, -0.5, -0.5, -2.0, 2.0, 0.5])
-    assert flat(sample(tokens)) == pytest.approx([1.154701, -0.577350, -0.577350, -0.707107, 0.707107, 0.5], abs=3e-6)
-    assert flat(population(tokens)) == pytest.approx([1.414214, -0.707107, -0.707107, -1.0, 1.0, 0.5], abs=5e-6)
-
-
-def test_an_episode_counts_once_in_the_baseline() -> None:
-    tokens = rewards([1.0, 1.0, 1.0, 0.0], group=[0, 0, 0, 0], episode=[0, 0, 0, 1])
-
-    assert flat(group_mean(tokens)) == pytest.approx([0.5, 0.5, 0.5, -0.5])
-    assert flat(leave_one_out(tokens)) == pytest.approx([1.0, 1.0, 1.0, -1.0])
-
-
-def test_a_group_of_one_episode_has_no_baseline_however_many_trajectories_it_has() -> None:
-    tokens = rewards([0.5, 0.5], group=[0, 0], episode=[1, 1])
-
-    for advantage in (group_mean, leave_one_out, standardised(lost_degrees=1, epsilon=1e-6)):
-        assert flat(advantage(tokens)) == [0.5, 0.5]
-
-
-@pytest.mark.parametrize("reward", [0.1, 0.7, -3.3, 1e4])
-def test_equal_rewards_standardise_to_nothing(reward: float) -> None:
-    tokens = rewards([reward] * 7, group=[0] * 7)
-
-    assert max(map(abs, flat(standardised(lost_degrees=1, epsilon=1e-6)(tokens)))) < 1e-5
-
-
-# ---- bellman
-
-
-def test_reval_ignores_the_behaviour_log_probs() -> None:
-    tokens = tokens_of()
-    other = replace(tokens, behavior_logprobs=torch.full_like(tokens.behavior_logprobs, -3.0))
-    objective = build_objective("reval", {})
-
-    assert torch.equal(objective(tokens, {}).total, objective(other, {}).total)
-
-
-def test_reval_is_at_rest_at_the_reference_without_reward() -> None:
-    tokens = tokens_of(behind_mask=0.0)
-    at_reference = replace(
-        tokens,
-        rewards=torch.zeros(len(ROWS)),
-        columns={
-            Column.UNIT_LOGPROBS: tokens.columns[Column.UNIT_LOGPROBS],
-            Column.REFERENCE_LOGPROBS: tokens.columns[Column.UNIT_LOGPROBS].detach().clone(),
-            Column.FIRST_LOGIT: tokens.columns[Column.FIRST_LOGIT],
-            Column.REFERENCE_FIRST_LOGIT: tokens.columns[Column.FIRST_LOGIT].detach().clone(),
-        },
-    )
-
-    total = build_objective("reval", {})(at_reference, {}).total
-
-    assert total.item() == 0.0
-    for column in (Column.UNIT_LOGPROBS, Column.FIRST_LOGIT):
-        assert not gradient(total, tokens.columns[column]).any()
-
-
-def test_the_residual_starts_at_the_first_trained_token() -> None:
-    tokens = cleaned(tokens_of(), REVAL_COLUMNS)
-    row = ROWS[2]  # its first position is a hole
-
-    delta = reval_residual(beta=0.5, centred=no_baseline)(tokens)[2].item()
-
-    later = sum(row.unit[t] - row.reference[t] for t in (2, 3, 4, 5))
-    assert delta == pytest.approx(row.first_logit - row.reference_first_logit + later - row.reward / 0.5, rel=1e-5)
-
-
-def test_shifting_the_first_logit_shifts_the_residual_by_as_much() -> None:
-    tokens = cleaned(tokens_of(), REVAL_COLUMNS)
-    shifted = replace(tokens, columns={**tokens.columns, Column.FIRST_LOGIT: tokens.columns[Column.FIRST_LOGIT] + 0.25})
-    residual = reval_residual(beta=0.5, centred=no_baseline)
-
-    torch.testing.assert_close(residual(shifted) - residual(tokens), torch.full((len(ROWS),), 0.25))
-
-
-def test_beta_scaled_loss_is_beta_squared_times_the_loss() -> None:
-    tokens = tokens_of()
-
-    plain = build_objective("reval", {"beta": 0.1})(tokens, {}).total
-    scaled = build_objective("reval", {"beta": 0.1, "scale_by_beta": True})(tokens, {}).total
-
-    assert scaled.item() == pytest.approx(0.01 * plain.item(), rel=1e-6)
-
-
-def test_stalewise_bellman_part_is_token_mean_reinforce_at_the_reference() -> None:
-    tokens = tokens_of(behind_mask=0.0)
-    unit, first = tokens.columns[Column.UNIT_LOGPROBS], tokens.columns[Column.FIRST_LOGIT]
-    at_reference = replace(
-        tokens,
-        columns={
-            Column.UNIT_LOGPROBS: unit,
-            Column.REFERENCE_LOGPROBS: unit.detach().clone(),
-            Column.FIRST_LOGIT: first,
-            Column.REFERENCE_FIRST_LOGIT: first.detach().clone(),
-        },
-    )
-    options = {"policy_coefficient": 0, "lambda_max": 0, "bellman_coefficient": 0.5, "beta": 0.07}
-
-    total = build_objective("stalewise", options)(at_reference, {}).total
-
-    centred, count = leave_one_out(tokens)[:, 0], tokens.num_tokens
-    torch.testing.assert_close(gradient(total, first), -0.5 * centred / count, rtol=1e-4, atol=1e-6)
-    later = tokens.mask & (tokens.mask.cumsum(-1) > 1)
-    expected = torch.where(later, -0.5 * centred[:, None] / count, 0.0)
-    torch.testing.assert_close(gradient(total, unit), expected, rtol=1e-4, atol=1e-6)
