@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from learner.tokens import Column, Tokens
+from learner.tokens import Column, Tokens, cleaned
 
 NAN = math.nan
 TOKEN_COLUMNS = frozenset(
@@ -177,6 +177,17 @@ def one_batch(
         episode=torch.arange(count),
         age_updates=torch.zeros(trained.shape, dtype=torch.int64),
     )
+
+
+def from_logs(rows: list[list[float]], mask: list[list[int]] | None = None) -> Tokens:
+    """A batch with these log-ratios."""
+    tokens = one_batch(
+        policy=[[1.0] * len(row) for row in rows],
+        behavior=[[math.exp(-log) for log in row] for row in rows],
+        rewards=[1.0] * len(rows),
+        mask=mask,
+    )
+    return cleaned(tokens, ())
 
 
 def gradient(total: Tensor, leaf: Tensor) -> Tensor:
