@@ -28,7 +28,7 @@ test-chaos: setup
 test-fuzz: setup
 	$(BIN)/pytest tests/fuzz --fuzz-scale=60 --timeout=0 $(ARGS)
 
-# hours for all of them: MUTATION_ARGS="--sample 100 --seed 1", or the names of modules
+# about 20 minutes; less of it with MUTATION_ARGS="--sample 100 --seed 1", or with the names of modules
 mutation: setup
 	$(BIN)/python scripts/mutate-objectives $(MUTATION_ARGS)
 
