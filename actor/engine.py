@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from buffer.types import FinishReason, PolicyVersion, SamplingSettings, VersionSpan
+from buffer.weights.manifest import Adapter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +46,10 @@ class Engine(Protocol):
         """Draw all requests in one batch, in the order given. The actor's main loop calls it."""
         ...
 
-    def load(self, weights: Path, version: PolicyVersion) -> None:
+    def load(self, weights: Path, version: PolicyVersion, *, adapter: Adapter | None = None) -> None:
         """Replace the weights by a safetensors file at a safe point between decode steps.
+
+        With `adapter` the file holds its tensors alone, on top of the weights in the engine's model directory.
 
         The weight-sync thread calls it; it returns once the weights are in use and caches of the old version
         are dropped. Tokens drawn afterwards belong to a new version span. The file may be deleted afterwards.

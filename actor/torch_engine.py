@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+from actor.adapters import base_weights, merged
 from actor.decoding import PAD, Decoding
 from actor.engine import Completion, GenerationRequest
 from actor.sampling import draw, sampling_logprobs
@@ -27,10 +28,11 @@ from actor.tokenizer import load_tokenizer
 from actor.turns import Turns
 from buffer.errors import CorruptWeights, InvalidRequest, InvalidSettings
 from buffer.types import PolicyVersion
+from buffer.weights.manifest import Adapter
 
 
 class TorchEngine:
-    """`actor.engine.Engine` on a model directory's config and tokenizer; its weights, if any, are not read.
+    """`actor.engine.Engine` on a model directory's config and tokenizer; its weights are read for adapters alone.
 
     `seed` must differ from actor to actor, or all of them draw the same responses. Weights are held in float32.
     With `ship_distributions` a completion brings the distribution of each token.
@@ -53,6 +55,8 @@ class TorchEngine:
         self._vocab_size: int = self._model.get_input_embeddings().num_embeddings
         self._max_tokens: int = config.max_position_embeddings
         self._weights = _weights_by_names(self._model)
+        self._model_dir = model_dir
+        self._base: dict[str, Tensor] | None = None  # of adapters, once there was one
         self._generator = torch.Generator().manual_seed(seed)
         self._ship_distributions = ship_distributions
         self._turns = Turns()
@@ -82,15 +86,19 @@ class TorchEngine:
                 self._step(decoding)
         return decoding.completions()
 
-    def load(self, weights: Path, version: PolicyVersion) -> None:
+    def load(self, weights: Path, version: PolicyVersion, *, adapter: Adapter | None = None) -> None:
         """See Engine. Raises CorruptWeights when the file is unreadable or does not hold exactly this model's tensors.
 
-        The weights in use stay untouched then.
+        The weights in use stay untouched then. An adapter is merged: it costs no time a token, and a copy of its base.
         """
         try:
             tensors = load_file(weights)
         except (SafetensorError, OSError) as error:
             raise CorruptWeights(f"version {version}: {weights} is not a readable safetensors file: {error}") from error
+        if adapter is not None:
+            if self._base is None:
+                self._base = base_weights(self._model_dir)
+            tensors = merged(self._base, tensors, adapter, version=version)
         pairs = self._matched(tensors, version)
         with self._turns.take(), torch.no_grad():
             for current, loaded in pairs:

@@ -28,6 +28,7 @@ from actor.tokenizer import load_tokenizer
 from actor.turns import Turns
 from buffer.errors import CorruptWeights, InvalidRequest, InvalidSettings
 from buffer.types import FinishReason, PolicyVersion, SamplingSettings, VersionSpan
+from buffer.weights.manifest import Adapter
 
 MIN_TEMPERATURE = 0.01
 """vLLM silently raises lower temperatures to this one: the log-probs would belong to other settings."""
@@ -96,11 +97,16 @@ class VllmEngine:
         outputs = self._run([(r.prompt_ids, self._sampling_params(r)) for r in requests])
         return [self._completion(request, output) for request, output in zip(requests, outputs, strict=True)]
 
-    def load(self, weights: Path, version: PolicyVersion) -> None:
+    def load(self, weights: Path, version: PolicyVersion, *, adapter: Adapter | None = None) -> None:
         """Replace the weights after the running decode step; returns once they are in use.
 
         Raises CorruptWeights when the file does not hold this model's tensors; the old ones then stay in use.
         """
+        if adapter is not None:
+            raise InvalidSettings(
+                f"version {version} is an adapter, which engine vllm cannot load",
+                hint="use actor.engine = torch, or train whole weights",
+            )
         self._check_file(weights, version)
         with self._turns.take():
             self._version = -1

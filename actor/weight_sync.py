@@ -135,7 +135,7 @@ class WeightSync:
 
     def _load(self, manifest: Manifest) -> None:
         try:
-            self._engine.load(self._file, manifest.version)
+            self._engine.load(self._file, manifest.version, adapter=manifest.adapter)
             check_canary(self._engine, manifest.probe, version=manifest.version)
         except (CorruptWeights, CanaryFailed) as error:
             self.failures_total += 1

@@ -166,7 +166,7 @@ class Demo:
         assert manifest is not None, "a learner that finished has published"
         path = self._directory / "final.safetensors"
         store.download(manifest.payloads[0], path)
-        engine.load(path, manifest.version)
+        engine.load(path, manifest.version, adapter=manifest.adapter)
         check_canary(engine, manifest.probe, version=manifest.version)
 
     def _accuracy(self, engine: TorchEngine) -> float:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, FiniteFloat, JsonValue
 
 from buffer.arrays import Float32Array, Int32Array
 from buffer.types import Identifier, PolicyVersion, Record
@@ -25,9 +25,34 @@ class Payload(Record):
     """One downloadable file of a version."""
 
     kind: Literal["keyframe"]
-    """`keyframe`: all tensors, as a safetensors file."""
+    """`keyframe`: all tensors that are published, as a safetensors file; of an adapter version those of the adapter."""
     sha256: Sha256
     size_bytes: Annotated[int, Field(ge=1)]
+
+
+class Adapter(Record):
+    """What the tensors of an adapter version mean: LoRA on top of the weights in the run's model directory.
+
+    They bear peft's names, `base_model.model.<module>.lora_A.weight` [rank, in] and `.lora_B.weight` [out, rank]; a
+    module's weight becomes W + alpha / rank * B A.
+    """
+
+    rank: Annotated[int, Field(ge=1)]
+    alpha: Annotated[FiniteFloat, Field(gt=0)]
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
+    """Last parts of the names of the adapted linear modules, such as q_proj."""
+
+    def peft_config(self) -> dict[str, JsonValue]:
+        """Return the content of the adapter_config.json that peft and vLLM read beside adapter_model.safetensors."""
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "target_modules": list(self.target_modules),
+            "lora_dropout": 0.0,
+            "bias": "none",
+        }
 
 
 class Manifest(Record):
@@ -41,3 +66,5 @@ class Manifest(Record):
     """sha256 over the model's config and tokenizer files (buffer.fingerprint)."""
     payloads: Annotated[tuple[Payload, ...], Field(min_length=1, strict=False)]
     probe: Probe
+    adapter: Adapter | None = None
+    """Set when the version is an adapter: its payload is a keyframe of the adapter's tensors. None = whole weights."""

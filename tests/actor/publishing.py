@@ -10,7 +10,7 @@ import numpy as np
 from actor.torch_engine import TorchEngine
 from buffer.fingerprint import model_fingerprint
 from buffer.types import PolicyVersion
-from buffer.weights.manifest import Manifest, Payload, Probe
+from buffer.weights.manifest import Adapter, Manifest, Payload, Probe
 from buffer.weights.store import WeightStore
 from tests.factories import RUN_ID
 
@@ -23,9 +23,9 @@ class WrongEngine(TorchEngine):
     wrong_file: Path
     wrong_loads = 0
 
-    def load(self, weights: Path, version: PolicyVersion) -> None:
+    def load(self, weights: Path, version: PolicyVersion, *, adapter: Adapter | None = None) -> None:
         self.wrong_loads -= 1
-        super().load(weights if self.wrong_loads < 0 else self.wrong_file, version)
+        super().load(weights if self.wrong_loads < 0 else self.wrong_file, version, adapter=adapter)
 
 
 def publish(store: WeightStore, model_dir: Path, keyframe: Path, version: int, *, run_id: str = RUN_ID) -> None:
