@@ -110,9 +110,15 @@ class ServiceUnreachable(StalewiseError):
 
 
 class CorruptWeights(StalewiseError):
-    """A payload does not have the hash that names it."""
+    """A payload does not have the hash that names it, is malformed, or does not lead to the weights it names."""
 
     status = HTTPStatus.UNPROCESSABLE_ENTITY
+
+
+class WrongBase(StalewiseError):
+    """A weight delta starts from other weights than the ones at hand."""
+
+    status = HTTPStatus.CONFLICT
 
 
 class CanaryFailed(StalewiseError):

@@ -11,7 +11,9 @@ import torch
 from buffer.errors import Conflict
 from buffer.types import PolicyVersion
 from buffer.weights.manifest import Manifest, Payload, Probe
+from buffer.weights.safetensors import read_header
 from buffer.weights.store import WeightStore
+from buffer.weights.tensors import HostTensor, checksum
 from learner.policy import Policy
 
 CHUNK_BYTES = 1 << 20
@@ -79,13 +81,14 @@ class Publisher:
         Raises Conflict when the version, or a later one, was published by somebody else.
         """
         sha256 = hashlib.sha256(snapshot.keyframe).hexdigest()
-        payload = Payload(kind="keyframe", sha256=sha256, size_bytes=len(snapshot.keyframe))
+        payload = Payload(kind="keyframe", version=version, sha256=sha256, size_bytes=len(snapshot.keyframe))
         self._store.put_blob(sha256, _Chunks(snapshot.keyframe))
         manifest = Manifest(
             run_id=self._run_id,
             version=version,
             created_s=self._unix_time(),
             model_fingerprint=self._model_fingerprint,
+            checksum=_checksum(snapshot.keyframe),
             payloads=(payload,),
             probe=snapshot.probe,
         )
@@ -94,6 +97,14 @@ class Publisher:
         except Conflict:
             if self.latest_version() != version or self._store.manifest(version).payloads != (payload,):
                 raise
+
+
+def _checksum(keyframe: bytes) -> str:
+    placed = read_header(keyframe, len(keyframe))
+    content = np.frombuffer(keyframe, np.uint8)
+    return checksum(
+        (tensor.spec, HostTensor(tensor.spec, content[tensor.start : tensor.stop]).digest()) for tensor in placed
+    )
 
 
 def _probe_tokens(policy: Policy) -> np.ndarray:

@@ -108,7 +108,10 @@ def make_manifest(version: PolicyVersion, *, payload: bytes = PAYLOAD, run_id: s
         version=version,
         created_s=1.5,
         model_fingerprint=sha256(b"model").hexdigest(),
-        payloads=(Payload(kind="keyframe", sha256=sha256(payload).hexdigest(), size_bytes=len(payload)),),
+        checksum=sha256(payload).hexdigest(),
+        payloads=(
+            Payload(kind="keyframe", version=version, sha256=sha256(payload).hexdigest(), size_bytes=len(payload)),
+        ),
         probe=Probe(
             token_ids=np.asarray([1, 2, 3], np.int32), logprobs=np.asarray([-0.5, -1.25], np.float32), tolerance=0.1
         ),

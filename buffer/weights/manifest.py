@@ -1,13 +1,14 @@
-"""The manifest: the commit of one published version."""
+"""The manifest: the commit of one published version, with the ways to reach it."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, FiniteFloat, JsonValue
+from pydantic import Field, FiniteFloat, JsonValue, model_validator
 
 from buffer.arrays import Float32Array, Int32Array
 from buffer.types import Identifier, PolicyVersion, Record
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+PublishedVersion = Annotated[PolicyVersion, Field(ge=0, lt=1 << 53)]
 
 
 class Probe(Record):
@@ -22,12 +23,25 @@ class Probe(Record):
 
 
 class Payload(Record):
-    """One downloadable file of a version."""
+    """One downloadable file. A step whose tensors were published by several ranks consists of several files."""
 
-    kind: Literal["keyframe"]
-    """`keyframe`: all tensors that are published, as a safetensors file; of an adapter version those of the adapter."""
+    kind: Literal["keyframe", "delta"]
+    """`keyframe`: all tensors that are published, of an adapter version those of the adapter, as a safetensors file.
+    `delta`: the changed values (buffer.weights.delta)."""
+    version: PublishedVersion
+    """The version that it leads to."""
+    base_version: PublishedVersion | None = None
+    """The version that a delta must be applied to; null for a keyframe."""
     sha256: Sha256
     size_bytes: Annotated[int, Field(ge=1)]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.kind == "delta") != (self.base_version is not None):
+            raise ValueError(f"a {self.kind} has base_version={self.base_version}")
+        if self.base_version is not None and self.base_version >= self.version:
+            raise ValueError(f"a delta leads from version {self.base_version} to {self.version}")
+        return self
 
 
 class Adapter(Record):
@@ -56,15 +70,30 @@ class Adapter(Record):
 
 
 class Manifest(Record):
-    """Everything an actor needs to load a version and to prove that it did."""
+    """Everything an actor needs to load a version, from wherever it is, and to prove that it did."""
 
     run_id: Identifier
-    version: Annotated[PolicyVersion, Field(ge=0, lt=1 << 53)]
+    version: PublishedVersion
     created_s: float
-    """Unix time at publication, seconds."""
+    """Unix time at which the learner had these weights, seconds."""
     model_fingerprint: Sha256
     """sha256 over the model's config and tokenizer files (buffer.fingerprint)."""
-    payloads: Annotated[tuple[Payload, ...], Field(min_length=1, strict=False)]
+    checksum: Sha256
+    """sha256 over names, dtypes, shapes and hashes of the tensors, whichever way they come (buffer.weights.tensors)."""
+    payloads: Annotated[tuple[Payload, ...], Field(min_length=1, max_length=1 << 16, strict=False)]
+    """Every step of the ways that lead here: a keyframe, the deltas since it, and earlier deltas that are worth it."""
     probe: Probe
     adapter: Adapter | None = None
-    """Set when the version is an adapter: its payload is a keyframe of the adapter's tensors. None = whole weights."""
+    """Set when the version is an adapter: its payloads hold the adapter's tensors. None = whole weights."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        reached = {payload.version for payload in self.payloads if payload.kind == "keyframe"}
+        for payload in sorted(self.payloads, key=lambda payload: payload.version):
+            if payload.version > self.version:
+                raise ValueError(f"version {self.version} is not reached over version {payload.version}")
+            if payload.base_version in reached:
+                reached.add(payload.version)
+        if self.version not in reached:
+            raise ValueError(f"no payloads lead from a keyframe to version {self.version}")
+        return self

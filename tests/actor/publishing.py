@@ -11,6 +11,7 @@ from actor.torch_engine import TorchEngine
 from buffer.fingerprint import model_fingerprint
 from buffer.types import PolicyVersion
 from buffer.weights.manifest import Adapter, Manifest, Payload, Probe
+from buffer.weights.mirror import Mirror
 from buffer.weights.store import WeightStore
 from tests.factories import RUN_ID
 
@@ -32,7 +33,9 @@ def publish(store: WeightStore, model_dir: Path, keyframe: Path, version: int, *
     """Publish a keyframe with the log-probs that its weights really give the probe."""
     engine, content = TorchEngine(model_dir, seed=0), keyframe.read_bytes()
     engine.load(keyframe, version)
-    payload = Payload(kind="keyframe", sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content))
+    payload = Payload(
+        kind="keyframe", version=version, sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content)
+    )
     store.put_blob(payload.sha256, [content])
     store.publish(
         Manifest(
@@ -40,6 +43,7 @@ def publish(store: WeightStore, model_dir: Path, keyframe: Path, version: int, *
             version=version,
             created_s=0.0,
             model_fingerprint=model_fingerprint(model_dir),
+            checksum=Mirror.open(keyframe, version).checksum,
             payloads=(payload,),
             probe=Probe(token_ids=PROBE_IDS, logprobs=engine.score(PROBE_IDS), tolerance=1e-3),
         )

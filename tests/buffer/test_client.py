@@ -158,7 +158,7 @@ def test_body_too_large_for_the_service_is_an_error_not_an_outcome() -> None:
 
 
 def test_download_with_a_wrong_hash_leaves_no_file(tmp_path: Path) -> None:
-    payload = Payload(kind="keyframe", sha256=sha256(b"right").hexdigest(), size_bytes=5)
+    payload = Payload(kind="keyframe", version=0, sha256=sha256(b"right").hexdigest(), size_bytes=5)
     with scripted((200, b"wrong")) as url:
         client = ServiceClient(url, settings=QUICK)
 
@@ -170,7 +170,7 @@ def test_download_with_a_wrong_hash_leaves_no_file(tmp_path: Path) -> None:
 
 
 def test_download_that_breaks_off_is_begun_again(tmp_path: Path) -> None:
-    payload = Payload(kind="keyframe", sha256=sha256(b"right").hexdigest(), size_bytes=5)
+    payload = Payload(kind="keyframe", version=0, sha256=sha256(b"right").hexdigest(), size_bytes=5)
     with scripted(None, (503, error("store_unavailable")), (200, b"right")) as url:
         client = ServiceClient(url, settings=QUICK)
 

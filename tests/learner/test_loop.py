@@ -294,7 +294,7 @@ def test_a_run_goes_on_above_the_latest_version_and_publishes_at_once(model_dir:
     assert sorted(first.store.manifests) == [0, 1, 2, 3, 4, 5, 6, 7]
     assert second.reporter.updates[0][0] == Progress(updates=3, clock=5)
     assert second.trainer.progress == Progress(updates=5, clock=7)
-    assert first.store.manifests[4].payloads == first.store.manifests[2].payloads != first.store.manifests[3].payloads
+    assert first.store.manifests[4].checksum == first.store.manifests[2].checksum != first.store.manifests[3].checksum
 
 
 def test_a_new_run_starts_at_0_whether_or_not_it_may_resume(model_dir: Path, tmp_path: Path) -> None:

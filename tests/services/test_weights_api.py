@@ -110,7 +110,7 @@ def chunked() -> Iterator[bytes]:
         ("blobs/..%2FLATEST", {"content": b"x"}, 404, "not_found", "PUT /v1/weights/blobs/../LATEST: not found"),
         ("blobs/abc", {"content": b"x"}, 422, "invalid_request", "path.sha256: string should match pattern"),
         ("0", {"content": b"{}"}, 415, "unsupported_media_type", "cannot read Content-Type ''"),
-        ("0", {"json": {}}, 422, "invalid_request", "run_id: field required (and 5 more)"),
+        ("0", {"json": {}}, 422, "invalid_request", "run_id: field required (and 6 more)"),
         ("-1", {"json": {}}, 422, "invalid_request", "path.version: input should be greater than or equal to 0"),
         ("1", {"manifest": {}}, 422, "invalid_request", "the path says version 1, the manifest 0"),
         (
