@@ -6,7 +6,7 @@ export OMP_NUM_THREADS := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-chaos test-fuzz mutation lint format types imports check setup-vllm test-vllm
+.PHONY: setup demo compare staleness staleness-quick test test-chaos test-fuzz mutation lint format types imports check setup-vllm test-vllm
 
 setup: $(VENV)/.done
 
@@ -16,6 +16,17 @@ $(VENV)/.done: pyproject.toml constraints.txt scripts/setup
 
 demo: setup
 	$(BIN)/stalewise demo $(ARGS)
+
+# GRPO, token TIS and stalewise live on the same stale data: one chart here and one in runs/compare.png
+compare: setup
+	$(BIN)/python -m benchmarks.compare $(ARGS)
+
+# the staleness study, resumed where it was stopped: ARGS="--hours 3 --part main"
+staleness: setup
+	$(BIN)/python -m benchmarks.staleness run $(ARGS)
+
+staleness-quick: setup
+	$(BIN)/python -m benchmarks.staleness quick
 
 test: setup
 	$(BIN)/pytest

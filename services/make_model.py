@@ -6,8 +6,10 @@ algorithm and its slips: right in about one answer of five, and reinforcement le
 
 import logging
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
@@ -15,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from actor.evaluate import held_out_accuracy
 from actor.settings import ActorSettings
-from actor.tasks import RunningSums
+from actor.tasks import Prompt, RunningSums
 from actor.torch_engine import TorchEngine
 from buffer.errors import InvalidSettings
 from buffer.types import Split
@@ -38,6 +40,20 @@ OPTIMIZER = OptimizerSettings(lr=3e-3, schedule="linear", warmup_updates=20)
 """Of the warm-up. 1e-2 learns no faster: docs/demo-recipe.md."""
 
 _log = logging.getLogger(__name__)
+
+
+class TaughtTask(Protocol):
+    """A task with a teacher to imitate. Its prompts all have one length, and so have its answers."""
+
+    def sample(self, rng: np.random.Generator, split: Split) -> Prompt:
+        """See actor.tasks.Task."""
+        ...
+
+    def noisy_answer(
+        self, prompt: Prompt, rng: np.random.Generator, *, slip_probability: float
+    ) -> npt.NDArray[np.int32]:
+        """Return the tokens of the teacher's answer; it slips with `slip_probability` a step."""
+        ...
 
 
 def make_model(out_dir: Path, *, seed: int, warmup_steps: int = WARMUP_STEPS) -> float:
@@ -95,7 +111,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return Qwen2Tokenizer(vocab=vocabulary, merges=[], unk_token="<pad>", pad_token="<pad>", eos_token="<eos>")
 
 
-def warm_up(model: PreTrainedModel, task: RunningSums, *, steps: int, rng: np.random.Generator) -> None:
+def warm_up(
+    model: PreTrainedModel,
+    task: TaughtTask,
+    *,
+    steps: int,
+    rng: np.random.Generator,
+    slip_probability: float = SLIP_PROBABILITY,
+) -> None:
     """Train the model in place to imitate the noisy teacher."""
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, betas=OPTIMIZER.betas, weight_decay=OPTIMIZER.weight_decay)
@@ -103,7 +126,7 @@ def warm_up(model: PreTrainedModel, task: RunningSums, *, steps: int, rng: np.ra
         rate = learning_rate(OPTIMIZER, updates_done=step, total_updates=steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        prompts, answers = _teacher_batch(task, rng)
+        prompts, answers = _teacher_batch(task, rng, slip_probability)
         sequences = torch.cat([prompts, answers], dim=1)  # [B, P + T]
         logits = model(input_ids=sequences[:, :-1], use_cache=False).logits[:, -answers.shape[1] :]  # [B, T, V]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), answers.flatten())
@@ -115,9 +138,9 @@ def warm_up(model: PreTrainedModel, task: RunningSums, *, steps: int, rng: np.ra
             _log.info("warm-up step %d of %d: loss %.3f nats a token", step + 1, steps, loss.item())
 
 
-def _teacher_batch(task: RunningSums, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+def _teacher_batch(task: TaughtTask, rng: np.random.Generator, slip_probability: float) -> tuple[Tensor, Tensor]:
     """Return prompts [B, P] and the teacher's answers [B, T], both int64."""
     prompts = [task.sample(rng, Split.TRAIN) for _ in range(BATCH_SIZE)]
-    answers = [task.noisy_answer(prompt, rng, slip_probability=SLIP_PROBABILITY) for prompt in prompts]
+    answers = [task.noisy_answer(prompt, rng, slip_probability=slip_probability) for prompt in prompts]
     prompt_ids = np.stack([prompt.token_ids for prompt in prompts])
     return torch.from_numpy(prompt_ids).long(), torch.from_numpy(np.stack(answers)).long()

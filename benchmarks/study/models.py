@@ -1,0 +1,26 @@
+"""Warm-up checkpoints: the model that every run of a task starts from, made once and kept."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.study.tasks import SLIPS, TASKS, TOKENIZER
+from services.make_model import WARMUP_STEPS, make_config, warm_up
+
+STEPS = {"running_sums": WARMUP_STEPS, "sorting": 2 * WARMUP_STEPS, "scratchpad_addition": 2 * WARMUP_STEPS}
+"""Supervised steps: until the model is as good as its noisy teacher."""
+
+
+def checkpoint(directory: Path, task: str, seed: int) -> Path:
+    """Return the model directory of a warm-up, made if it is not there. Same seed, same machine, same weights."""
+    path = directory / f"{task}-{seed}"
+    if not (path / "model.safetensors").is_file():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(make_config(TOKENIZER), dtype=torch.float32)
+        rng = np.random.default_rng(seed)
+        warm_up(model, TASKS[task](), steps=STEPS[task], rng=rng, slip_probability=SLIPS[task])
+        TOKENIZER.save_pretrained(path)
+        model.save_pretrained(path)
+    return path

@@ -1,0 +1,222 @@
+"""Which runs the study consists of, in the order in which they are worth having.
+
+A cell is one method under one lag and reuse. Its learning rate and decay are tuned by successive halving: every
+candidate with one seed, the better half with a second seed; the best mean goes into the final seeds, which tuning never
+saw. All cells of a part are tuned alike.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean
+from typing import Literal
+
+from pydantic import JsonValue
+
+from benchmarks.study.simulation import Run
+from learner.objectives.recipes import RECIPES
+
+Finals = Callable[[Run], float | None]
+"""The final accuracy of a run, None while it was not made."""
+
+LEARNING_RATES = (2e-4, 4e-4, 8e-4)
+SCHEDULES: tuple[Literal["constant", "linear"], ...] = ("linear", "constant")
+TUNING_SEEDS = (100, 101)
+FINAL_SEEDS = (0, 1, 2)
+WARMUP_SEEDS = (0, 1)
+MAX_LAG = 128
+UPDATES = MAX_LAG + 122
+"""Of every run of the main table: lag + 120 at the least, the same for all."""
+
+MAIN_METHODS = ("grpo", "tis", "minpro", "trm", "r2vpo", "reval", "tbrm", "stalewise")
+TASK_METHODS = ("grpo", "trm", "minpro", "reval", "stalewise")
+OPTIONS: dict[str, dict[str, JsonValue]] = {"reval": {"beta": 0.2}, "tbrm": {"beta": 0.2}}
+"""Options that are not a recipe's defaults: beta for responses of tens of tokens, as docs/objectives.md advises."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """A method under one condition; `label` tells variants of a method apart."""
+
+    part: str
+    method: str
+    label: str
+    lag: int = 0
+    reuse: int = 1
+    task: str = "running_sums"
+    updates: int = UPDATES
+    options: Mapping[str, JsonValue] = field(default_factory=dict)
+    learning_rates: Sequence[float] = LEARNING_RATES
+    schedules: Sequence[Literal["constant", "linear"]] = SCHEDULES
+    tuning_seeds: Sequence[int] = TUNING_SEEDS
+    final_seeds: Sequence[int] = FINAL_SEEDS
+    warmup_seeds: Sequence[int] = WARMUP_SEEDS
+
+    def run(self, lr: float, schedule: Literal["constant", "linear"], *, warmup_seed: int, seed: int) -> Run:
+        """Return one run of the cell."""
+        return Run(
+            task=self.task,
+            objective=self.method,
+            options=self.options,
+            lag=self.lag,
+            reuse=self.reuse,
+            updates=self.updates,
+            lr=lr,
+            schedule=schedule,
+            warmup_seed=warmup_seed,
+            seed=seed,
+        )
+
+    def candidates(self) -> list[Run]:
+        """Return the first rung of tuning."""
+        return [
+            self.run(lr, schedule, warmup_seed=self.warmup_seeds[0], seed=self.tuning_seeds[0])
+            for schedule in self.schedules
+            for lr in self.learning_rates
+        ]
+
+    def finals(self, best: Run) -> list[Run]:
+        """Return the runs that the tables show."""
+        return [
+            replace(best, warmup_seed=warmup_seed, seed=seed)
+            for seed in self.final_seeds
+            for warmup_seed in self.warmup_seeds
+        ]
+
+
+def tuning(cell: Cell, final: Finals) -> tuple[list[Run], Run | None]:
+    """Return the tuning runs that can be made now and were not, and the best candidate once there are none."""
+    rung = cell.candidates()
+    for number, seed in enumerate(cell.tuning_seeds):
+        missing = [run for run in (replace(run, seed=seed) for run in rung) if final(run) is None]
+        if missing:
+            return missing, None
+        seen = cell.tuning_seeds[: number + 1]
+        rung.sort(key=lambda run: -fmean(final(replace(run, seed=other)) or 0.0 for other in seen))
+        rung = rung[: max(1, len(rung) // 2)]
+    return [], rung[0]
+
+
+def due(cell: Cell, final: Finals) -> list[Run]:
+    """Return the runs of a cell that can be made now and were not."""
+    missing, best = tuning(cell, final)
+    return missing if best is None else [run for run in cell.finals(best) if final(run) is None]
+
+
+def cells() -> Iterator[Cell]:
+    """Return every cell of the study, the most telling first."""
+    yield from main_cells()
+    yield from ablation_cells()
+    yield from task_cells()
+    yield from other_cells()
+    yield from long_cells()
+
+
+def main_cells() -> Iterator[Cell]:
+    """The main table: eight methods, three lags, two reuses."""
+    conditions = ((128, 1), (0, 1), (0, 4), (32, 1), (0, 8))
+    for lag, reuse in conditions:
+        for method in MAIN_METHODS:
+            yield Cell(part="main", method=method, label=method, lag=lag, reuse=reuse, options=OPTIONS.get(method, {}))
+
+
+ABLATIONS: dict[str, dict[str, JsonValue]] = {
+    "no prefix factor": {"weight": "token"},
+    "no ratio": {"weight": "none"},
+    "weight capped at 1": {"weight": "minpro_capped"},
+    "no gate": {"max_k2": float("inf")},
+    "gate at 0.1": {"max_k2": 0.1},
+    "gate at 2": {"max_k2": 2.0},
+    "constraint, lambda_max 0.1": {"lambda_max": 0.1},
+    "constraint, lambda_max 0.3": {"lambda_max": 0.3},
+    "constraint, lambda_max 1": {"lambda_max": 1.0},
+    "no constraint": {"lambda_max": 0.0},
+    "no residual": {"bellman_coefficient": 0.0},
+    "residual 0.1": {"bellman_coefficient": 0.1},
+    "residual 0.3": {"bellman_coefficient": 0.3},
+    "residual 1": {"bellman_coefficient": 1.0},
+    "residual alone": {"policy_coefficient": 0.0, "bellman_coefficient": 1.0, "lambda_max": 0.0},
+}
+
+
+def ablation_cells() -> Iterator[Cell]:
+    """`stalewise` with one part changed, at lag 128; learning rates alike, one tuning seed, one checkpoint."""
+    for label, options in ABLATIONS.items():
+        yield Cell(
+            part="ablations",
+            method="stalewise",
+            label=label,
+            lag=MAX_LAG,
+            options=options,
+            schedules=("linear",),
+            tuning_seeds=TUNING_SEEDS[:1],
+            warmup_seeds=WARMUP_SEEDS[:1],
+        )
+
+
+def task_cells() -> Iterator[Cell]:
+    """Two more tasks, with answers of 17 and 39 tokens."""
+    for lag in (MAX_LAG, 0):
+        for task in ("sorting", "scratchpad_addition"):
+            for method in TASK_METHODS:
+                yield Cell(
+                    part="tasks",
+                    method=method,
+                    label=method,
+                    lag=lag,
+                    task=task,
+                    options=OPTIONS.get(method, {}),
+                    schedules=("linear",),
+                    tuning_seeds=TUNING_SEEDS[:1],
+                    warmup_seeds=WARMUP_SEEDS[:1],
+                )
+
+
+def other_cells() -> Iterator[Cell]:
+    """Every other recipe, one seed at lag 128."""
+    for method in RECIPES:
+        if method not in MAIN_METHODS:
+            yield Cell(
+                part="others",
+                method=method,
+                label=method,
+                lag=MAX_LAG,
+                schedules=("linear",),
+                tuning_seeds=TUNING_SEEDS[:1],
+                final_seeds=FINAL_SEEDS[:1],
+                warmup_seeds=WARMUP_SEEDS[:1],
+            )
+
+
+def long_cells() -> Iterator[Cell]:
+    """Lag 512, one seed, at the rate that is usual here."""
+    for method in ("stalewise", "grpo"):
+        yield Cell(
+            part="lag 512",
+            method=method,
+            label=method,
+            lag=512,
+            updates=512 + 122,
+            learning_rates=(4e-4,),
+            schedules=("linear",),
+            tuning_seeds=TUNING_SEEDS[:1],
+            final_seeds=FINAL_SEEDS[:1],
+            warmup_seeds=WARMUP_SEEDS[:1],
+        )
+
+
+def quick_cells() -> Iterator[Cell]:
+    """A few short runs that take every path of the study in minutes; their numbers mean nothing."""
+    for method in ("grpo", "stalewise"):
+        for lag in (0, 4):
+            yield Cell(
+                part="main",
+                method=method,
+                label=method,
+                lag=lag,
+                updates=20,
+                learning_rates=(4e-4,),
+                schedules=("linear",),
+                tuning_seeds=TUNING_SEEDS[:1],
+                final_seeds=FINAL_SEEDS[:1],
+                warmup_seeds=WARMUP_SEEDS[:1],
+            )

@@ -1,0 +1,89 @@
+"""The staleness study trains on data of exactly the age that it says, and tunes every cell by the same rule."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.study.plan import Cell, cells, due, tuning
+from benchmarks.study.results import Results, key_of
+from benchmarks.study.simulation import ROLLOUTS_PER_BATCH, Result, Run, simulate
+from benchmarks.study.tasks import SLIPS, TASKS
+from buffer.types import Split
+from learner.objectives.recipes import RECIPES
+
+SHIPPED = Path(__file__).parents[2] / "models/running-sums"
+RUN = Run(objective="stalewise", lr=4e-4, schedule="linear", seed=0)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models")
+    shutil.copytree(SHIPPED, directory / "running_sums-0")
+    return directory
+
+
+def test_data_is_as_old_as_the_lag_and_each_rollout_is_counted_once(models: Path) -> None:
+    lagged = simulate(replace(RUN, lag=2, updates=4), models)
+    reused = simulate(replace(RUN, reuse=2, updates=3), models)
+
+    assert (lagged.ages, lagged.failure) == ((2, 2), None)
+    assert [rollouts for _, rollouts, _ in lagged.curve] == [ROLLOUTS_PER_BATCH * n for n in range(5)]
+    assert reused.ages == (0, 1)
+    assert [rollouts for _, rollouts, _ in reused.curve] == [ROLLOUTS_PER_BATCH * n for n in (0, 1, 1, 2)]
+
+
+def result(final: float) -> Result:
+    return Result(curve=[(0, 0, 0.2)], final=final, ages=(0, 0), metrics={}, failure=None, seconds=1.0)
+
+
+def test_tuning_halves_the_candidates_and_the_best_mean_goes_on(tmp_path: Path) -> None:
+    cell = Cell(part="main", method="grpo", label="grpo", learning_rates=(1e-4, 2e-4), schedules=("linear", "constant"))
+    results = Results(tmp_path / "results.jsonl")
+    finals = {(1e-4, "linear"): (0.5, 0.9), (2e-4, "linear"): (0.6, 0.6), (1e-4, "constant"): (0.4, 1.0)}
+
+    first = due(cell, results.final)
+    for run in first:
+        results.add(run, result(finals.get((run.lr, run.schedule), (0.1, 0.1))[0]), commit="c")
+    second = due(cell, results.final)
+    for run in second:
+        results.add(run, result(finals[run.lr, run.schedule][1]), commit="c")
+    again = Results(tmp_path / "results.jsonl")
+
+    assert len(first) == 4
+    assert {(run.lr, run.schedule, run.seed) for run in second} == {(1e-4, "linear", 101), (2e-4, "linear", 101)}
+    assert len(again) == 6
+    missing, best = tuning(cell, again.final)
+    assert (missing, best and best.lr) == ([], 1e-4)  # a mean of .7 against .6; .4 and 1.0 did not get there
+    assert {(run.lr, run.seed, run.warmup_seed) for run in due(cell, again.final)} == {
+        (1e-4, seed, warmup_seed) for seed in (0, 1, 2) for warmup_seed in (0, 1)
+    }
+
+
+def test_a_changed_default_of_a_recipe_is_another_run() -> None:
+    assert key_of(RUN) == key_of(replace(RUN, options={"max_k2": 0.5}))
+    assert key_of(RUN) != key_of(replace(RUN, options={"max_k2": 0.25}))
+
+
+def test_every_recipe_has_a_cell_at_lag_128_and_no_two_cells_are_one() -> None:
+    planned = list(cells())
+
+    assert {cell.method for cell in planned if cell.lag == 128 and cell.task == "running_sums"} == set(RECIPES)
+    assert len({(c.part, c.label, c.lag, c.reuse, c.task) for c in planned}) == len(planned)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_teacher_who_does_not_slip_is_right_and_one_who_slips_seldom_is(name: str) -> None:
+    task, rng = TASKS[name](), np.random.default_rng(3)
+    prompts = [task.sample(rng, Split.TRAIN) for _ in range(400)]
+
+    rewards = {
+        slip: [task.reward(p, task.noisy_answer(p, rng, slip_probability=slip)) for p in prompts]
+        for slip in (0.0, SLIPS[name])
+    }
+
+    assert sum(rewards[0.0]) == 400
+    assert 0.1 < sum(rewards[SLIPS[name]]) / 400 < 0.3
+    assert not {p.prompt_id for p in prompts} & {p.prompt_id for p in task.held_out()}
