@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from pydantic import JsonValue, TypeAdapter
 
 from buffer.errors import InvalidSettings
 from buffer.types import PolicyVersion
@@ -24,6 +25,9 @@ from learner.tokens import DIVERGENCES, Tokens
 
 Diagnose = Callable[[Tokens, Loss], Mapping[str, float]]
 """What is worth knowing about a batch and its loss, by metric name (learner.objectives.diagnostics)."""
+
+
+_CLOSED_UPDATES = TypeAdapter(dict[str, int])
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +100,11 @@ class Trainer:
             "time/rest_of_step_s": self._now() - backward_s,
         }
 
-    def restore(self, *, progress: Progress, multipliers: dict[str, float]) -> None:
+    def trackers(self) -> dict[str, JsonValue]:
+        """Return what is remembered from update to update beside weights, optimiser and multipliers."""
+        return {"closed_updates": dict(self._closed_updates)}
+
+    def restore(self, *, progress: Progress, multipliers: dict[str, float], trackers: Mapping[str, JsonValue]) -> None:
         """Take over the counters of a checkpoint. Raises InvalidSettings when it was made with another objective."""
         if multipliers.keys() != self.multipliers.keys():
             raise InvalidSettings(
@@ -106,6 +114,7 @@ class Trainer:
             )
         self.progress = progress
         self.multipliers = multipliers
+        self._closed_updates = _CLOSED_UPDATES.validate_python(trackers["closed_updates"])
 
     def tokens(self, batch: Batch, forward: Forward) -> Tokens:
         """Join the data, the scores and the reference columns to the record that the objective reads."""

@@ -54,7 +54,11 @@ def learn(
     config: Config = None,
     overrides: Overrides = [],  # noqa: B006
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint, if there is one.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on from the newest checkpoint, or begin without one: for runs that may be preempted.",
+        ),
     ] = False,
 ) -> None:
     """Train on what the buffer hands out, and publish versions."""

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -5,23 +7,16 @@ import torch
 from torch import Tensor
 
 from buffer.errors import InvalidSettings, RunMismatch
-from buffer.types import Sample
+from buffer.weights.directory_store import DirectoryWeightStore
 from learner.checkpoint import Checkpoints
-from learner.collate import collate
 from learner.errors import CorruptCheckpoint
 from learner.step import Progress, Trainer
-from tests.learner.builders import make_trainer, plain_samples
-
-FINGERPRINT = "a" * 64
+from tests.learner.builders import make_trainer
+from tests.learner.recorded_run import FINGERPRINT, train_recorded
 
 
 def _checkpoints(root: Path, *, keep: int = 2, fingerprint: str = FINGERPRINT) -> Checkpoints:
     return Checkpoints(root, keep=keep, model_fingerprint=fingerprint, resolved_settings={"learner": {"lr": 1e-2}})
-
-
-def _train(trainer: Trainer, batches: list[list[Sample]]) -> None:
-    for samples in batches:
-        trainer.update(collate(samples, clock=trainer.progress.clock))
 
 
 def _state(trainer: Trainer) -> dict[str, Tensor]:
@@ -34,39 +29,40 @@ def _state(trainer: Trainer) -> dict[str, Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize(("objective", "reset_every"), [("grpo", None), ("r2vpo", None), ("stalewise", 6)])
-def test_twenty_updates_equal_ten_a_restart_and_ten_bit_for_bit(
-    model_dir: Path, tmp_path: Path, objective: str, reset_every: int | None
+def test_a_process_killed_after_its_checkpoint_ends_bit_for_bit_where_an_unbroken_run_ends(
+    model_dir: Path, tmp_path: Path
 ) -> None:
-    recorded = [plain_samples(seed) for seed in range(20)]
-    straight = make_trainer(model_dir, objective=objective, reference_reset_every=reset_every)
-    _train(straight, recorded)
-    first_half = make_trainer(model_dir, objective=objective, reference_reset_every=reset_every)
-    _train(first_half, recorded[:10])
-    _checkpoints(tmp_path).save(first_half)
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    straight = train_recorded(model_dir, unbroken)
+    command = [sys.executable, "-m", "tests.learner.recorded_run", str(model_dir), str(broken), "13"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "paused\n"
+        process.kill()
+    killed_at = DirectoryWeightStore(broken / "weights").latest_version()
 
-    resumed = make_trainer(model_dir, objective=objective, reference_reset_every=reset_every)
-    newest = _checkpoints(tmp_path).newest()
-    assert newest is not None
-    _checkpoints(tmp_path).restore(newest, resumed)
-    _train(resumed, recorded[10:])
+    resumed = train_recorded(model_dir, broken)
 
-    assert resumed.progress == straight.progress == Progress(20, 20)
-    assert resumed.multipliers == straight.multipliers
     expected, seen = _state(straight), _state(resumed)
     assert seen.keys() == expected.keys()
     assert [name for name in expected if not seen[name].equal(expected[name])] == []
-    assert not expected["policy/model.norm.weight"].equal(_state(first_half)["policy/model.norm.weight"])
+    assert resumed.multipliers == straight.multipliers != {}
+    # the weights of update 10 are published again as version 14: none of the versions 0 to 13 comes twice
+    assert killed_at == 13
+    assert straight.progress == Progress(updates=20, clock=20)
+    assert resumed.progress == Progress(updates=20, clock=14 + 10)
 
 
 def test_only_the_newest_checkpoints_are_kept_and_drafts_are_not_checkpoints(model_dir: Path, tmp_path: Path) -> None:
     trainer, checkpoints = make_trainer(model_dir), _checkpoints(tmp_path)
-    (tmp_path / ".draft-1").mkdir()  # a process that was killed while it wrote
+    for left in (".draft", ".discarded"):  # by processes that were killed while they wrote, or deleted
+        (tmp_path / left / "shard").mkdir(parents=True)
     for updates in (1, 2, 10):
         trainer.progress = Progress(updates, updates)
         checkpoints.save(trainer)
 
     assert [path.name for path in sorted(tmp_path.glob("update-*"))] == ["update-00000002", "update-00000010"]
+    assert len(list(tmp_path.iterdir())) == 2
     assert checkpoints.newest() == tmp_path / "update-00000010"
 
 
@@ -82,7 +78,7 @@ def test_saving_the_same_update_again_replaces_it(model_dir: Path, tmp_path: Pat
     assert resumed.progress == Progress(updates=0, clock=4)
 
 
-@pytest.mark.parametrize("name", ["state.json", "model.safetensors", "training.safetensors"])
+@pytest.mark.parametrize("name", ["state.json", "shard-00001-model-00001-of-00001.safetensors"])
 def test_a_damaged_checkpoint_is_named(model_dir: Path, tmp_path: Path, name: str) -> None:
     trainer, checkpoints = make_trainer(model_dir), _checkpoints(tmp_path)
     saved = checkpoints.save(trainer)

@@ -98,7 +98,7 @@ def test_a_learner_trains_over_http_is_killed_resumes_and_ends(model_dir: Path, 
             return -1 if manifest is None else manifest.version
 
         options = _options(tmp_path, url, model_dir, "learner.total_updates=100000")
-        with _learning(log_path, options) as process:
+        with _learning(log_path, options, "--resume") as process:  # the command that a preempted run goes on with
             _wait_for(lambda: latest() == 0, process, log_path)
             _insert(client)
             _wait_for(lambda: latest() >= 5, process, log_path)
