@@ -14,45 +14,67 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from buffer.errors import InvalidSettings
+from learner.attention import PACKED_ATTENTION
 from learner.collate import Batch
 from learner.errors import CorruptCheckpoint
-from learner.scoring import Scores, draw, score
-from learner.tokens import Column
+from learner.packing import join, pack
+from learner.scorer import Scorer, attention_name, check_scores, prepare_layers
+from learner.scoring import CHOSEN_LOGIT, DIFFERENTIABLE, LOGPROBS, targets
+from learner.settings import ComputeSettings
+from learner.tokens import DIVERGENCES, Column
 
-PER_TRAJECTORY = frozenset({Column.FIRST_LOGIT, Column.REFERENCE_FIRST_LOGIT})
-"""Columns with one number a trajectory; the others have one a token."""
 
-_DIFFERENTIABLE = frozenset({Column.UNIT_LOGPROBS, Column.FIRST_LOGIT})
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """What the policy says about a batch, 0 behind the mask."""
+
+    logprobs: Tensor
+    """[B, T] under the stored sampling settings."""
+    columns: dict[Column, Tensor]
+    """[B, T]; `first_logit` is [B]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forward:
-    """The policy's scores of a whole batch. Gradients flow to the model, or stop at leaves (several micro-batches)."""
+    """The policy's scores of a whole batch, as leaves that a loss leaves its gradient on."""
 
-    scores: Scores  # logprobs and columns [B, T], `first_logit` [B]
+    scores: Scores
     rows: tuple[Tensor, ...]  # the micro-batches: trajectory numbers
-    wanted: frozenset[Column]
+    live: dict[str, Tensor]  # scores [n] of the last micro-batch, with their graph
 
 
 class Policy:
     """A causal LM whose weights one optimiser moves. Always in evaluation mode: dropout would falsify every ratio."""
 
-    def __init__(self, model: PreTrainedModel, *, micro_batch_tokens: int) -> None:
+    def __init__(self, model: PreTrainedModel, *, micro_batch_tokens: int, compute: ComputeSettings) -> None:
         self.model = model.eval()
+        self.scorer = Scorer(model, compute)
+        """The forward pass: what a wrapper of modules (sharding) must wrap."""
         self._micro_batch_tokens = micro_batch_tokens
+        self._compute = compute
 
     @classmethod
-    def load(cls, model_dir: Path, *, device: str, micro_batch_tokens: int) -> Self:
-        """Load float32 weights from a local directory. Raises InvalidSettings when that cannot be."""
+    def load(cls, model_dir: Path, *, device: str, micro_batch_tokens: int, compute: ComputeSettings) -> Self:
+        """Load float32 weights from a local directory of safetensors files. Raises InvalidSettings."""
+        attention = attention_name(compute)
         try:
-            model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, local_files_only=True)
+            model = AutoModelForCausalLM.from_pretrained(
+                model_dir,
+                dtype=torch.float32,
+                local_files_only=True,
+                use_safetensors=True,
+                attn_implementation=PACKED_ATTENTION,
+            )
         except (OSError, ValueError) as error:
             raise InvalidSettings(f"{model_dir} does not hold a causal language model: {error}") from error
         try:
             model = model.to(device)
         except (RuntimeError, AssertionError) as error:  # what torch raises for a device that it was not built for
             raise InvalidSettings(f"learner.device={device!r} cannot be used: {error}") from error
-        return cls(model, micro_batch_tokens=micro_batch_tokens)
+        check_scores(model.eval())
+        model.set_attn_implementation(attention)
+        prepare_layers(model, compute)
+        return cls(model, micro_batch_tokens=micro_batch_tokens, compute=compute)
 
     @property
     def vocab_size(self) -> int:
@@ -62,12 +84,12 @@ class Policy:
     @property
     def max_positions(self) -> int:
         """Tokens of a sequence that the model was made for."""
-        return int(self.model.config.max_position_embeddings)
+        return int(self.model.config.get_text_config().max_position_embeddings)
 
     def frozen_copy(self) -> "Policy":
         """Return a copy without gradients: a reference."""
         model = copy.deepcopy(self.model).requires_grad_(False)
-        return Policy(model, micro_batch_tokens=self._micro_batch_tokens)
+        return Policy(model, micro_batch_tokens=self._micro_batch_tokens, compute=self._compute)
 
     def weights(self) -> dict[str, Tensor]:
         """Return views of all weights by checkpoint name, tied ones once."""
@@ -86,72 +108,108 @@ class Policy:
             tensor.copy_(weights[name])
 
     def micro_batches(self, batch: Batch, rows: Iterable[int]) -> tuple[Tensor, ...]:
-        """Split trajectories into sets whose padded size fits the token budget, longest first; one at the least."""
-        longest_first = sorted(rows, key=lambda row: -int(batch.sequence_lengths[row]))
-        sets: list[list[int]] = []
-        for row in longest_first:
-            if sets and (len(sets[-1]) + 1) * int(batch.sequence_lengths[sets[-1][0]]) <= self._micro_batch_tokens:
-                sets[-1].append(row)
-            else:
-                sets.append([row])
-        return tuple(torch.tensor(sorted(members)) for members in sets)
+        """Split trajectories into sets of at most `micro_batch_tokens` tokens; a longer one is a set of its own."""
+        rows = list(rows)
+        bins = pack([int(batch.sequence_lengths[row]) for row in rows], self._micro_batch_tokens)
+        return tuple(torch.tensor(sorted(rows[index] for index in members)) for members in bins)
 
     def forward(self, batch: Batch, wanted: frozenset[Column]) -> Forward:
-        """Score the whole batch. With several micro-batches only the scores are kept, as leaves of a new graph."""
+        """Score the whole batch. The graph of the last micro-batch is kept; the others are scored again in `backward`.
+
+        The scores are leaves of a new graph, to which `backward` wants the gradient of a loss.
+        """
         sets = self.micro_batches(batch, range(len(batch.keys)))
-        if len(sets) == 1:
-            scores = _spread(batch, sets, [score(draw(self.model, batch, sets[0]), wanted)])
-            return Forward(scores=scores, rows=sets, wanted=wanted)
         with torch.no_grad():
-            scores = _spread(batch, sets, [score(draw(self.model, batch, rows), wanted) for rows in sets])
-        for leaf in _differentiable(scores):
+            parts = [self._score(batch, rows, wanted) for rows in sets[:-1]]
+        live = self._score(batch, sets[-1], wanted)
+        scores = _spread(batch, sets, [*parts, live], wanted)
+        for leaf in _differentiable(scores).values():
             leaf.requires_grad_()
-        return Forward(scores=scores, rows=sets, wanted=wanted)
+        return Forward(scores=scores, rows=sets, live=live)
 
     def backward(self, batch: Batch, forward: Forward, loss: Tensor) -> None:
         """Add the gradient of `loss` [] to the parameters: exact, however many micro-batches there are.
 
-        With several, the loss is differentiated to the scores first; then each micro-batch is scored again and takes
-        its share of that gradient on to the parameters.
+        The loss is differentiated to the scores first; then each micro-batch takes its share on to the parameters.
+        Trajectories whose scores have no gradient (all gated, or no advantage) are not run again.
         """
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        if len(forward.rows) == 1:
-            return
-        for rows in forward.rows:
-            again = score(draw(self.model, batch, rows), forward.wanted)
-            trained = batch.mask[rows].nonzero(as_tuple=True)
-            outputs, gradients = [], []
-            for leaf, output in zip(_differentiable(forward.scores), _differentiable(again), strict=True):
-                if leaf.grad is not None:
-                    outputs.append(output)
-                    gradients.append(leaf.grad[rows] if leaf.dim() == 1 else leaf.grad[rows][trained])
-            torch.autograd.backward(outputs, gradients)
+        gradients = {name: leaf.grad for name, leaf in _differentiable(forward.scores).items() if leaf.grad is not None}
+        last = _of_tokens(batch, forward.rows[-1], gradients)
+        torch.autograd.backward([forward.live[name] for name in last], list(last.values()))
+        moving = torch.zeros(len(batch.keys), dtype=torch.bool)
+        for of_scores in gradients.values():
+            moving |= (of_scores.flatten(1) != 0).any(-1).cpu() if of_scores.dim() == 2 else (of_scores != 0).cpu()
+        moving[forward.rows[-1]] = False
+        for rows in self.micro_batches(batch, moving.nonzero()[:, 0].tolist()):
+            known = _of_tokens(batch, rows, gradients)
+            self._run(batch, rows, frozenset(), gradients=known)["descent"].backward()  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def unit_scores(self, batch: Batch, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log pi [n] at temperature 1 of the trained tokens of `rows` [b], and the first raw logit of each."""
+        drawn = targets(batch, rows, with_distributions=False, device=self.model.device).at_unit_temperature()
+        of_tokens = self.scorer(join(batch, rows), drawn, frozenset({Column.FIRST_LOGIT}))
+        return of_tokens[LOGPROBS], of_tokens[CHOSEN_LOGIT][_starts(batch, rows).to(self.model.device)]
+
+    def _score(self, batch: Batch, rows: Tensor, wanted: frozenset[Column]) -> dict[str, Tensor]:
+        return self._run(batch, rows, wanted, gradients=None)
+
+    def _run(
+        self, batch: Batch, rows: Tensor, wanted: frozenset[Column], *, gradients: dict[str, Tensor] | None
+    ) -> dict[str, Tensor]:
+        drawn = targets(batch, rows, with_distributions=bool(wanted & DIVERGENCES), device=self.model.device)
+        result: dict[str, Tensor] = self.scorer(join(batch, rows), drawn, wanted, gradients)
+        return result
 
 
-def _differentiable(scores: Scores) -> list[Tensor]:
-    return [scores.logprobs, *(scores.columns[column] for column in sorted(_DIFFERENTIABLE & scores.columns.keys()))]
+def _differentiable(scores: Scores) -> dict[str, Tensor]:
+    """The leaves, by the name that the scorer gives them."""
+    found = {LOGPROBS: scores.logprobs}
+    found |= {column.value: value for column, value in scores.columns.items() if column in DIFFERENTIABLE}
+    if Column.FIRST_LOGIT in scores.columns:
+        found[CHOSEN_LOGIT] = scores.columns[Column.FIRST_LOGIT]
+    return found
 
 
-def _spread(batch: Batch, sets: tuple[Tensor, ...], parts: list[Scores]) -> Scores:
-    """Put the scores of micro-batches at their places in [B, T] and [B]; 0 behind the mask."""
-    logprobs = _spread_tokens(batch, sets, [part.logprobs for part in parts])
-    columns = {
-        column: (_spread_rows if column in PER_TRAJECTORY else _spread_tokens)(
-            batch, sets, [part.columns[column] for part in parts]
-        )
-        for column in parts[0].columns
-    }
-    return Scores(logprobs=logprobs, columns=columns)
-
-
-def _spread_tokens(batch: Batch, sets: tuple[Tensor, ...], parts: list[Tensor]) -> Tensor:
-    device = parts[0].device
+def _spread(
+    batch: Batch, sets: tuple[Tensor, ...], parts: list[dict[str, Tensor]], wanted: frozenset[Column]
+) -> Scores:
+    """Put the scores of micro-batches at their places in [B, T] and [B], without a graph; 0 behind the mask."""
     places = [batch.mask[rows].nonzero(as_tuple=True) for rows in sets]
-    row = torch.cat([rows[where] for rows, (where, _) in zip(sets, places, strict=True)]).to(device)
-    time = torch.cat([times for _, times in places]).to(device)
-    return torch.zeros(batch.mask.shape, device=device).index_put((row, time), torch.cat(parts))
+    row = torch.cat([rows[where] for rows, (where, _) in zip(sets, places, strict=True)])
+    time = torch.cat([times for _, times in places])
+    spread = {}
+    for name in parts[0].keys() - {CHOSEN_LOGIT}:
+        values = torch.cat([part[name].detach() for part in parts])
+        place = (row.to(values.device), time.to(values.device))
+        spread[name] = torch.zeros(batch.mask.shape, device=values.device).index_put(place, values)
+    columns = {Column(name): value for name, value in spread.items() if name != LOGPROBS}
+    if Column.FIRST_LOGIT in wanted:
+        firsts = [part[CHOSEN_LOGIT].detach()[_starts(batch, rows)] for rows, part in zip(sets, parts, strict=True)]
+        values = torch.cat(firsts)
+        place_of_row = (torch.cat(sets).to(values.device),)
+        columns[Column.FIRST_LOGIT] = torch.zeros(len(batch.keys), device=values.device).index_put(place_of_row, values)
+    if Column.PROXIMAL_LOGPROBS in wanted:
+        columns[Column.PROXIMAL_LOGPROBS] = spread[LOGPROBS].clone()  # one step a batch: the policy before it
+    return Scores(logprobs=spread[LOGPROBS], columns=columns)
 
 
-def _spread_rows(batch: Batch, sets: tuple[Tensor, ...], parts: list[Tensor]) -> Tensor:
-    device = parts[0].device
-    return torch.zeros(len(batch.keys), device=device).index_put((torch.cat(sets).to(device),), torch.cat(parts))
+def _of_tokens(batch: Batch, rows: Tensor, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the gradients [n] of the trained tokens of `rows` [b], of gradients [B, T] and [B]."""
+    trained = batch.mask[rows].nonzero(as_tuple=True)
+    found = {}
+    for name, of_scores in gradients.items():
+        of_rows = of_scores[rows.to(of_scores.device)]
+        if name == CHOSEN_LOGIT:
+            found[name] = torch.zeros(len(trained[0]), device=of_rows.device)
+            found[name][_starts(batch, rows).to(of_rows.device)] = of_rows
+        else:
+            found[name] = of_rows[trained[0].to(of_rows.device), trained[1].to(of_rows.device)]
+    return found
+
+
+def _starts(batch: Batch, rows: Tensor) -> Tensor:
+    """[b]: where among the trained tokens of `rows` each row begins."""
+    lengths = batch.mask[rows].sum(-1)
+    return lengths.cumsum(0) - lengths

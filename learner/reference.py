@@ -12,7 +12,6 @@ from torch import Tensor
 
 from learner.collate import Batch
 from learner.policy import Policy
-from learner.scoring import draw, first_logits, unit_logprobs
 from learner.tokens import Column
 
 REFERENCE_COLUMNS = frozenset({Column.REFERENCE_LOGPROBS, Column.REFERENCE_FIRST_LOGIT})
@@ -58,13 +57,12 @@ class Reference:
         self._remember(batch, terms)
         return {Column.REFERENCE_LOGPROBS: logprobs, Column.REFERENCE_FIRST_LOGIT: first_logit}
 
-    @torch.no_grad()
     def _compute(self, batch: Batch, missing: list[int]) -> dict[int, _Terms]:
         terms = {}
         for rows in self.policy.micro_batches(batch, missing):
-            drawn = draw(self.policy.model, batch, rows)
-            logprobs = torch.split(unit_logprobs(drawn).cpu(), batch.mask[rows].sum(-1).tolist())
-            for row, of_row, first in zip(rows.tolist(), logprobs, first_logits(drawn).cpu(), strict=True):
+            of_tokens, first_logits = self.policy.unit_scores(batch, rows)
+            logprobs = torch.split(of_tokens.cpu(), batch.mask[rows].sum(-1).tolist())
+            for row, of_row, first in zip(rows.tolist(), logprobs, first_logits.cpu(), strict=True):
                 terms[row] = _Terms(logprobs=of_row.clone(), first_logit=first)  # a view would hold the whole batch
         return terms
 

@@ -34,6 +34,24 @@ class ObjectiveSettings(Settings):
     """The recipe's own options; an unknown one is an error at start. {} = the recipe's defaults."""
 
 
+class ComputeSettings(Settings):
+    """How the model is run: numbers, kernels and memory. None of it changes what is learnt but for rounding."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of matrix products and activations. Weights, gradients and optimiser stay float32. bfloat16 is
+    right on a GPU, where it is several times faster; CPUs without fast bfloat16 are slower with it."""
+    attention: Literal["sdpa", "flash_attention_2"] = "sdpa"
+    """sdpa: PyTorch's own kernels, on a GPU in bfloat16 its variable-length flash attention. flash_attention_2: the
+    flash-attn package, for models whose heads those kernels do not take."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each layer and run it again in the backward pass: a third more work for activations that
+    take the memory of one layer in place of all."""
+    compile: bool = False
+    """torch.compile each layer: the first steps take minutes, the others less time on a GPU."""
+    logits_chunk_tokens: Annotated[int, Field(ge=1)] = 256
+    """Tokens whose logits over the vocabulary exist at once. 256 is the knee on a CPU; a GPU wants 1024 to 4096."""
+
+
 class LearnerSettings(Settings):
     """Everything the learner process can be told."""
 
@@ -41,6 +59,8 @@ class LearnerSettings(Settings):
     """AdamW and its schedule."""
     objective: ObjectiveSettings = ObjectiveSettings()
     """What is optimised."""
+    compute: ComputeSettings = ComputeSettings()
+    """How the model is run."""
     groups_per_update: Annotated[int, Field(ge=1)] = 16
     """Groups in one batch, hence in one optimiser step."""
     total_updates: Annotated[int, Field(ge=1)] = 1_000
@@ -74,7 +94,8 @@ class LearnerSettings(Settings):
     """Bytes of cached reference log-probs; 256 MiB hold 60 million tokens. Replayed groups then need no second
     forward pass."""
     micro_batch_tokens: Annotated[int, Field(ge=1)] = 16_384
-    """Prompt, response and padding tokens in one forward pass; the loss is exact for any value. Bounds memory."""
+    """Prompt and response tokens in one forward pass, packed without padding; the loss is exact for any value. Bounds
+    memory. A longer sequence is run alone."""
     max_closed_updates: Annotated[int, Field(ge=1)] = 10
     """Updates in a row in which a gate closes every token before the run stops: it learns nothing any more."""
     device: str = "cpu"

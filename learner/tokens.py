@@ -30,6 +30,7 @@ class Column(StrEnum):
     FIRST_LOGIT = "first_logit"
     REFERENCE_FIRST_LOGIT = "reference_first_logit"
     PROXIMAL_LOGPROBS = "proximal_logprobs"
+    LOGSUMEXP = "logsumexp"
     ENTROPY = "entropy"
     OTHER_SQUARED_PROBS = "other_squared_probs"
     EXACT_KL = "exact_kl"
@@ -46,7 +47,7 @@ DIVERGENCES = frozenset({Column.EXACT_KL, Column.EXACT_TV, Column.KL_LOWER_BOUND
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokens:
-    """One batch. Differentiable: `logprobs`, and the columns `unit_logprobs` and `first_logit`."""
+    """One batch. Differentiable: `logprobs`, and the columns `unit_logprobs`, `logsumexp` and `first_logit`."""
 
     logprobs: Tensor
     """[B, T] float32: log pi_theta of the drawn token under the stored sampling settings."""
@@ -66,6 +67,7 @@ class Tokens:
     """[B, T] float32, optional."""
     columns: dict[Column, Tensor] = field(default_factory=dict)
     """unit_logprobs [B, T]: log pi_theta at temperature 1. reference_logprobs [B, T]: the reference, temperature 1.
+    logsumexp [B, T]: log of the sum over the vocabulary of exp(logit), temperature 1.
     first_logit [B]: raw logit of the first trained token; reference_first_logit [B]: the reference's.
     proximal_logprobs, entropy: [B, T]. other_squared_probs [B, T]: sum of pi^2 over all tokens but the drawn one.
     exact_kl, exact_tv [B, T]: KL(behavior || policy) in nats and total variation over the whole vocabulary, under the

@@ -160,7 +160,9 @@ def _check_run(client: ServiceClient, config: RunConfig, fingerprint: str) -> No
 def _make_trainer(config: RunConfig, model_dir: Path, objective: Objective) -> Trainer:
     settings = config.learner
     return Trainer(
-        policy=Policy.load(model_dir, device=settings.device, micro_batch_tokens=settings.micro_batch_tokens),
+        policy=Policy.load(
+            model_dir, device=settings.device, micro_batch_tokens=settings.micro_batch_tokens, compute=settings.compute
+        ),
         objective=objective,
         settings=settings,
         diagnose=diagnose,

@@ -12,7 +12,7 @@ from learner.objectives.diagnostics import diagnose
 from learner.objectives.objective import Objective
 from learner.objectives.recipes import build_objective
 from learner.policy import Policy
-from learner.settings import LearnerSettings, OptimizerSettings
+from learner.settings import ComputeSettings, LearnerSettings, OptimizerSettings
 from learner.step import Trainer
 from tests.factories import make_group, make_trajectory
 
@@ -93,7 +93,7 @@ def plain_samples(seed: int, *, num_groups: int = 2) -> list[Sample]:
 
 
 def make_policy(model_dir: Path, *, micro_batch_tokens: int = 10_000) -> Policy:
-    return Policy.load(model_dir, device="cpu", micro_batch_tokens=micro_batch_tokens)
+    return Policy.load(model_dir, device="cpu", micro_batch_tokens=micro_batch_tokens, compute=ComputeSettings())
 
 
 def make_trainer(

@@ -13,6 +13,7 @@ from learner.collate import collate
 from learner.errors import CorruptCheckpoint
 from learner.objectives.recipes import build_objective
 from learner.policy import Policy
+from learner.settings import ComputeSettings
 from learner.step import Trainer
 from learner.tokens import Column
 from tests.factories import make_group
@@ -181,4 +182,4 @@ def test_a_directory_that_is_no_model_is_one_clear_sentence(tmp_path: Path) -> N
     (tmp_path / "config.json").write_text("{}")
 
     with pytest.raises(InvalidSettings, match="does not hold a causal language model"):
-        Policy.load(tmp_path, device="cpu", micro_batch_tokens=1)
+        Policy.load(tmp_path, device="cpu", micro_batch_tokens=1, compute=ComputeSettings())
