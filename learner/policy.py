@@ -46,7 +46,9 @@ class Forward:
 class Policy:
     """A causal LM whose weights one optimiser moves. Always in evaluation mode: dropout would falsify every ratio."""
 
-    def __init__(self, model: PreTrainedModel, *, micro_batch_tokens: int, compute: ComputeSettings) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, micro_batch_tokens: int, compute: ComputeSettings = ComputeSettings()
+    ) -> None:
         self.model = model.eval()
         self.scorer = Scorer(model, compute)
         """The forward pass: what a wrapper of modules (sharding) must wrap."""
@@ -54,7 +56,9 @@ class Policy:
         self._compute = compute
 
     @classmethod
-    def load(cls, model_dir: Path, *, device: str, micro_batch_tokens: int, compute: ComputeSettings) -> Self:
+    def load(
+        cls, model_dir: Path, *, device: str, micro_batch_tokens: int, compute: ComputeSettings = ComputeSettings()
+    ) -> Self:
         """Load float32 weights from a local directory of safetensors files. Raises InvalidSettings."""
         attention = attention_name(compute)
         try:

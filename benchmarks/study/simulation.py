@@ -175,7 +175,7 @@ def _trainer(run: Run, model_dir: Path) -> Trainer:
         micro_batch_tokens=MICRO_BATCH_TOKENS,
     )
     return Trainer(
-        policy=Policy.load(model_dir, device="cpu", micro_batch_tokens=MICRO_BATCH_TOKENS),
+        policy=Policy.load(model_dir, device="cpu", micro_batch_tokens=MICRO_BATCH_TOKENS, compute=settings.compute),
         objective=build_objective(run.objective, run.options),
         settings=settings,
         diagnose=diagnose,
