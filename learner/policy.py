@@ -24,6 +24,10 @@ from learner.settings import ComputeSettings
 from learner.tokens import DIVERGENCES, Column
 
 
+FLOAT32 = ComputeSettings()
+"""The defaults."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
     """What the policy says about a batch, 0 behind the mask."""
@@ -46,9 +50,7 @@ class Forward:
 class Policy:
     """A causal LM whose weights one optimiser moves. Always in evaluation mode: dropout would falsify every ratio."""
 
-    def __init__(
-        self, model: PreTrainedModel, *, micro_batch_tokens: int, compute: ComputeSettings = ComputeSettings()
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, *, micro_batch_tokens: int, compute: ComputeSettings = FLOAT32) -> None:
         self.model = model.eval()
         self.scorer = Scorer(model, compute)
         """The forward pass: what a wrapper of modules (sharding) must wrap."""
@@ -56,9 +58,7 @@ class Policy:
         self._compute = compute
 
     @classmethod
-    def load(
-        cls, model_dir: Path, *, device: str, micro_batch_tokens: int, compute: ComputeSettings = ComputeSettings()
-    ) -> Self:
+    def load(cls, model_dir: Path, *, device: str, micro_batch_tokens: int, compute: ComputeSettings = FLOAT32) -> Self:
         """Load float32 weights from a local directory of safetensors files. Raises InvalidSettings."""
         attention = attention_name(compute)
         try:
