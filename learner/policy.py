@@ -23,7 +23,6 @@ from learner.scoring import CHOSEN_LOGIT, DIFFERENTIABLE, LOGPROBS, targets
 from learner.settings import ComputeSettings
 from learner.tokens import DIVERGENCES, Column
 
-
 FLOAT32 = ComputeSettings()
 """The defaults."""
 
