@@ -4,7 +4,7 @@ Legend: B trajectories, T response positions (longest of the batch), G groups. P
 False. What stands behind the mask may be anything, even nan: `cleaned` puts 0 there before any piece computes.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -95,12 +95,18 @@ class Tokens:
     @property
     def num_tokens(self) -> Tensor:
         """[] the number of trained tokens N, gated or not."""
-        return self.mask.count_nonzero()
+        return self.lengths.sum()
 
     @property
     def lengths(self) -> Tensor:
-        """[B] trained tokens of each trajectory."""
-        return self.mask.sum(-1)
+        """[B] int64: trained tokens of each trajectory."""
+        return self.once(_lengths)
+
+    @property
+    def weights(self) -> Tensor:
+        """[B, T] float32: the mask as 1 and 0. On finite values a product with it does what `where` does in half the
+        time, forward and backward."""
+        return self.once(_weights)
 
     def once(self, piece: Callable[["Tokens"], Tensor]) -> Tensor:
         """Return piece(self), computed by whoever asks first, with its graph even if a gate without gradient asks."""
@@ -108,6 +114,11 @@ class Tokens:
             with torch.enable_grad():
                 self._known[piece] = piece(self)
         return self._known[piece]
+
+
+def as_weights(chosen: Tensor) -> Tensor:
+    """bool -> float32, 1 and 0."""
+    return chosen.view(torch.uint8).float()  # twice as fast as from bool
 
 
 def cleaned(tokens: Tokens, columns: Collection[Column]) -> Tokens:
@@ -123,21 +134,24 @@ def cleaned(tokens: Tokens, columns: Collection[Column]) -> Tokens:
         )
     trained_rows = tokens.lengths > 0
     fields = {
-        "logprobs": tokens.logprobs,
-        "behavior_logprobs": tokens.behavior_logprobs,
-        "rewards": tokens.rewards,
-        **{name.value: tokens.columns[name] for name in columns},
+        "logprobs": tokens.logprobs.float(),
+        "behavior_logprobs": tokens.behavior_logprobs.float(),
+        "rewards": tokens.rewards.float(),
+        **{name.value: tokens.columns[name].float() for name in columns},
     }
     if tokens.token_rewards is not None:
-        fields["token_rewards"] = tokens.token_rewards
+        fields["token_rewards"] = tokens.token_rewards.float()
+    if not _all_finite(fields):  # behind the mask, where it may be, or at a trained token
+        fields = {
+            name: torch.where(tokens.mask if value.dim() == 2 else trained_rows, value, 0.0)
+            for name, value in fields.items()
+        }
+        if not _all_finite(fields):
+            raise _non_finite(fields)
     clean = {
-        name: torch.where(tokens.mask if value.dim() == 2 else trained_rows, value.float(), 0.0)
-        for name, value in fields.items()
+        name: value * (tokens.weights if value.dim() == 2 else trained_rows.float()) for name, value in fields.items()
     }
-    extremes = torch.stack([extreme for value in clean.values() for extreme in value.detach().aminmax()])
-    if not extremes.isfinite().all():  # nan reaches both extremes; one transfer for all of them
-        raise _non_finite(clean)
-    return replace(
+    copy = replace(
         tokens,
         logprobs=clean["logprobs"],
         behavior_logprobs=clean["behavior_logprobs"],
@@ -145,9 +159,24 @@ def cleaned(tokens: Tokens, columns: Collection[Column]) -> Tokens:
         token_rewards=clean.get("token_rewards"),
         columns={name: clean[name.value] for name in columns},
     )
+    copy._known.update({_lengths: tokens.lengths, _weights: tokens.weights})  # the mask is the same
+    return copy
 
 
-def _non_finite(fields: dict[str, Tensor]) -> NonFiniteTokens:
+def _lengths(tokens: Tokens) -> Tensor:
+    return tokens.weights.sum(-1).long()  # exact up to 2^24 tokens, and ten times as fast as a sum of truth values
+
+
+def _weights(tokens: Tokens) -> Tensor:
+    return as_weights(tokens.mask)
+
+
+def _all_finite(fields: Mapping[str, Tensor]) -> bool:
+    extremes = torch.stack([extreme for value in fields.values() for extreme in value.detach().aminmax()])
+    return bool(extremes.isfinite().all())  # nan reaches both extremes; one transfer for all of them
+
+
+def _non_finite(fields: Mapping[str, Tensor]) -> NonFiniteTokens:
     name, value = next((name, value) for name, value in fields.items() if not value.isfinite().all())
     index = (~value.isfinite()).nonzero()[0].tolist()
     where = f"trajectory {index[0]}" + (f", token {index[1]}" if len(index) == 2 else "")

@@ -1,4 +1,7 @@
-"""From values to one number, or one a sequence; the name states the denominator, which counts gated tokens too."""
+"""From values to one number, or one a sequence; the name states the denominator, which counts gated tokens too.
+
+Values are finite behind the mask too, as what pieces make of cleaned tokens is.
+"""
 
 import torch
 from torch import Tensor
@@ -49,4 +52,4 @@ def maximum_by_sequence(tokens: Tokens, values: Tensor) -> Tensor:
 
 def masked(tokens: Tokens, values: Tensor) -> Tensor:
     """[B, T]: `values` at trained tokens, 0 elsewhere."""
-    return torch.where(tokens.mask, values, 0.0)
+    return values * tokens.weights

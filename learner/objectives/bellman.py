@@ -29,8 +29,7 @@ def tbrm_residual(*, beta: float) -> SequencePiece:
     """logit(a_1) + sum_{t >= 2} log pi - log pi_ref(tau) - r / beta: the same without V_ref (arXiv 2505.15311)."""
 
     def residual(tokens: Tokens) -> Tensor:
-        first = tokens.mask.int().argmax(-1, keepdim=True)
-        reference = tokens.columns[Column.REFERENCE_LOGPROBS].gather(-1, first)[:, 0]
+        reference = tokens.columns[Column.REFERENCE_LOGPROBS].gather(-1, first_position(tokens))[:, 0]
         value = tokens.columns[Column.FIRST_LOGIT] - reference
         return value + log_ratio_to_reference_after_first(tokens) - tokens.rewards / beta
 
@@ -40,6 +39,13 @@ def tbrm_residual(*, beta: float) -> SequencePiece:
 def log_ratio_to_reference_after_first(tokens: Tokens) -> Tensor:
     """[B]: sum over the trained tokens but the first of log pi - log pi_ref at temperature 1."""
     logs = tokens.columns[Column.UNIT_LOGPROBS] - tokens.columns[Column.REFERENCE_LOGPROBS]
-    first = tokens.mask.int().argmax(-1, keepdim=True)
-    later = tokens.mask.scatter(-1, first, False)
-    return torch.where(later, logs, 0.0).sum(-1)
+    later = tokens.weights.scatter(-1, first_position(tokens), 0.0)
+    return (logs * later).sum(-1)
+
+
+def first_position(tokens: Tokens) -> Tensor:
+    """[B, 1]: the first position with mask True; the last where there is none."""
+    length = tokens.mask.shape[1]
+    to_end = torch.arange(length, 0, -1, dtype=torch.float32, device=tokens.mask.device)
+    nearest = (tokens.weights * to_end).amax(-1, keepdim=True)  # argmax of a mask is four times as slow
+    return (length - nearest).clamp(max=length - 1).long()

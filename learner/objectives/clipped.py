@@ -10,7 +10,7 @@ from learner.objectives.ratios import token_ratio
 from learner.objectives.surrogates import dual_clip, hard_clip, weighted
 from learner.tokens import Column
 
-NO_GATES: Mapping[str, Gate] = {}
+NO_CLIPS: Mapping[str, Gate] = {}
 
 
 def clipped_policy(
@@ -22,13 +22,13 @@ def clipped_policy(
     ratio: TokenPiece = token_ratio,
     dual_floor: float = math.inf,
     weight: TokenPiece | None = None,
-    gates: Mapping[str, Gate] = NO_GATES,
+    clips: Mapping[str, Gate] = NO_CLIPS,
     coefficient: float = 1.0,
     reads: frozenset[Column] = frozenset(),
 ) -> PolicyGradient:
-    """coefficient * aggregate(-gates * s(weight) * min(ratio A, clip(ratio, 1 - low, 1 + high) A)).
+    """coefficient * aggregate(-s(weight) * min(ratio A, clip(ratio, 1 - low, 1 + high) A)).
 
-    A `dual_floor` of inf is no dual clip.
+    A `dual_floor` of inf is no dual clip; `clips` are what the weight closes.
     """
     surrogate = hard_clip(ratio, low=low, high=high)
     if math.isfinite(dual_floor):
@@ -37,8 +37,7 @@ def clipped_policy(
         surrogate=weighted(surrogate, weight) if weight else surrogate,
         advantage=advantage,
         aggregate=aggregate,
-        gates=gates,
-        clips={"clip": inside_clip(ratio, low=low, high=high)},
+        clips={"clip": inside_clip(ratio, low=low, high=high), **clips},
         coefficient=coefficient,
         reads=reads,
     )

@@ -22,8 +22,9 @@ from learner.objectives.objective import (
     SequencePiece,
     Surrogate,
     TokenPiece,
+    Watch,
 )
-from learner.tokens import Column, Tokens, cleaned
+from learner.tokens import Column, Tokens, as_weights, cleaned
 
 
 class NonFiniteLoss(StalewiseError, ArithmeticError):
@@ -37,7 +38,7 @@ class TermValue:
     loss: Tensor
     """[] coefficient included."""
     gates: Mapping[str, Tensor] = field(default_factory=dict)
-    watched: Mapping[str, Tensor] = field(default_factory=dict)
+    watch: Watch = dict
 
 
 class Term(Protocol):
@@ -54,7 +55,7 @@ class Term(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyGradient:
-    """coefficient * aggregate(-gates * surrogate)."""
+    """coefficient * aggregate(-gates * surrogate): a closed token has advantage 0, and so has its surrogate."""
 
     surrogate: Surrogate
     advantage: Advantage
@@ -74,12 +75,15 @@ class PolicyGradient:
     def __call__(self, tokens: Tokens, multipliers: Multipliers) -> TermValue:
         with torch.no_grad():
             advantage = self.advantage(tokens)
-            gates = {name: gate(tokens, advantage).expand_as(tokens.mask) for name, gate in self.gates.items()}
-            clips = {name: clip(tokens, advantage).expand_as(tokens.mask) for name, clip in self.clips.items()}
+            gates = {name: gate(tokens, advantage) for name, gate in self.gates.items()}
+            clips = {name: clip(tokens, advantage) for name, clip in self.clips.items()}
+            for is_open in gates.values():
+                advantage = advantage * as_weights(is_open)
         values = self.surrogate(tokens, advantage)
-        for is_open in gates.values():
-            values = torch.where(is_open, values, 0.0)
-        return TermValue(loss=-self.coefficient * self.aggregate(tokens, values), gates={**gates, **clips})
+        return TermValue(
+            loss=-self.coefficient * self.aggregate(tokens, values),
+            gates={name: gate.expand_as(tokens.mask) for name, gate in (gates | clips).items()},
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,16 +117,16 @@ class Constraint:
         return self.dual.advantage.columns
 
     def __call__(self, tokens: Tokens, multipliers: Multipliers) -> TermValue:
-        values = self.piece(tokens)
-        fresh = self.dual.fresh(tokens)
-        return TermValue(
-            loss=multipliers[self.dual.name] * self.aggregate(tokens, values),
-            watched={
-                f"{self.name}_fresh": _mean_where(fresh, values.detach()),
-                f"{self.name}_stale": _mean_where(tokens.mask & ~fresh, values.detach()),
-                f"{self.name}_saturated": self.dual.saturated(multipliers),
-            },
-        )
+        loss = multipliers[self.dual.name] * self.aggregate(tokens, self.piece(tokens))
+        return TermValue(loss=loss, watch=lambda: self._watched(tokens, multipliers))
+
+    def _watched(self, tokens: Tokens, multipliers: Multipliers) -> Mapping[str, Tensor]:
+        values, fresh = self.piece(tokens), self.dual.fresh(tokens)
+        return {
+            f"{self.name}_fresh": _mean_where(fresh, values),
+            f"{self.name}_stale": _mean_where(tokens.mask & ~fresh, values),
+            f"{self.name}_saturated": self.dual.saturated(multipliers),
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +142,7 @@ class SquaredResidual:
     def __call__(self, tokens: Tokens, multipliers: Multipliers) -> TermValue:
         residual = self.residual(tokens)
         loss = self.coefficient * self.aggregate(tokens, residual.square())
-        return TermValue(loss=loss, watched={f"{self.name}_residual": residual.detach()})
+        return TermValue(loss=loss, watch=lambda: {f"{self.name}_residual": residual.detach()})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +172,7 @@ class Composition:
             total=total,
             parts=parts,
             gates={name: gate for value in values.values() for name, gate in value.gates.items()},
-            watched={name: seen for value in values.values() for name, seen in value.watched.items()},
+            watch=lambda: {name: seen for value in values.values() for name, seen in value.watch().items()},
         )
 
     def initial_multipliers(self) -> dict[str, float]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from learner.objectives.aggregation import maximum_by_sequence, mean_by_sequence, sum_by_sequence
 from learner.objectives.objective import Gate, TokenPiece
-from learner.objectives.ratios import column, deviation, k2, k3, log_ratio
+from learner.objectives.ratios import column, deviation, k3, log_ratio
 from learner.objectives.surrogates import pessimistic_bounds
 from learner.tokens import Column, Tokens
 
@@ -18,6 +18,17 @@ def sequence_maximum(statistic: TokenPiece, *, threshold: float) -> Gate:
 
     def gate(tokens: Tokens, advantage: Tensor) -> Tensor:
         return maximum_by_sequence(tokens, statistic(tokens)) <= threshold
+
+    return gate
+
+
+def sequence_largest_k2(*, threshold: float) -> Gate:
+    """Keep whole sequences with max_t k2 <= threshold; k2 grows with |log rho|, which is 0 behind the mask."""
+
+    def gate(tokens: Tokens, advantage: Tensor) -> Tensor:
+        logs = log_ratio(tokens)
+        largest = torch.maximum(logs.amax(-1, keepdim=True), -logs.amin(-1, keepdim=True))
+        return largest.square() / 2 <= threshold
 
     return gate
 
@@ -45,7 +56,7 @@ def trust_region(
     """
     proven = "_lower_bound" if kl is Column.KL_LOWER_BOUND else ""
     gates = {
-        "trust_region_max_estimate": (max_k2, sequence_maximum(k2, threshold=max_k2)),
+        "trust_region_max_estimate": (max_k2, sequence_largest_k2(threshold=max_k2)),
         "trust_region_mean_estimate": (mean_k3, sequence_mean(k3, threshold=mean_k3)),
         f"trust_region_max{proven}": (max_kl, sequence_maximum(column(kl), threshold=max_kl)),
         f"trust_region_mean{proven}": (mean_kl, sequence_mean(column(kl), threshold=mean_kl)),

@@ -1,9 +1,10 @@
 """The contract between the learner's step and a recipe, and the types of its pieces."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from learner.tokens import Column, Tokens
@@ -31,13 +32,17 @@ SequencePiece = Callable[[Tokens], Tensor]
 """-> [B]: a residual."""
 
 Surrogate = Callable[[Tokens, Tensor], Tensor]
-"""(tokens, advantage) -> [B, T], to be maximised; its gradient reaches `tokens`."""
+"""(tokens, advantage) -> [B, T], to be maximised; its gradient reaches `tokens`. Where the advantage is 0, both are."""
 
 Gate = Callable[[Tokens, Tensor], Tensor]
 """(tokens, advantage) -> [B, 1] or [B, T] bool, True = keeps its gradient."""
 
 Reduction = Callable[[Tokens, Tensor], Tensor]
 """(tokens, values) -> []. Its name states the denominator, which counts the mask and never a gate."""
+
+
+Watch = Callable[[], Mapping[str, Tensor]]
+"""Detached quantities by name, computed when a metric asks: the loss itself does not need them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +56,14 @@ class Loss:
     gates: Mapping[str, Tensor]
     """Gate name -> [B, T] bool, True = keeps its gradient. Detached; metrics report the closed share per gate.
     A hard clip is listed too: it closes tokens by the shape of its surrogate."""
-    watched: Mapping[str, Tensor] = field(default_factory=dict)
-    """Detached quantities that metrics report the mean of, such as the Bellman residual [B]; nan = none this time."""
+    watch: Watch = dict
+    """See `watched`."""
+
+    @property
+    def watched(self) -> Mapping[str, Tensor]:
+        """Quantities that metrics report the mean of, such as the Bellman residual [B]; nan = none this time."""
+        with torch.no_grad():
+            return self.watch()
 
 
 class Objective(Protocol):

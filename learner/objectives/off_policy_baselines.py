@@ -18,6 +18,7 @@ from learner.objectives.composition import PolicyGradient, SquaredResidual
 from learner.objectives.gates import bounded_second_moment, inside_band, inside_clip
 from learner.objectives.objective import Objective
 from learner.objectives.ratios import (
+    banded,
     no_ratio,
     proximal_ratio,
     proximal_to_behavior,
@@ -123,8 +124,8 @@ class IcePop(Recipe):
     def objective(self) -> Objective:
         return self.composed(
             clipped_policy(
-                gates={"band": inside_band(proximal_to_behavior, low=self.band_low, high=self.band_high)},
-                weight=proximal_to_behavior,
+                weight=banded(proximal_to_behavior, low=self.band_low, high=self.band_high),
+                clips={"band": inside_band(proximal_to_behavior, low=self.band_low, high=self.band_high)},
                 ratio=proximal_ratio,
                 low=self.clip_low,
                 high=self.clip_high,

@@ -1,15 +1,21 @@
 """What a recipe pays for besides the policy gradient: Tokens -> [B, T], to be minimised."""
 
+import torch
 from torch import Tensor
 
 from learner.objectives.objective import TokenPiece
-from learner.objectives.ratios import bounded, log_ratio
 from learner.tokens import Column, Tokens
 
 
-def ratio_variance(*, max_log_ratio: float) -> TokenPiece:
-    """(rho - 1)^2 with |log rho| <= max_log_ratio: its gradient grows like rho^2, so one outlier would own it."""
-    return lambda tokens: bounded(log_ratio(tokens), max_log_ratio).expm1().square()
+def ratio_variance(ratio: TokenPiece) -> TokenPiece:
+    """(ratio - 1)^2, of a bounded ratio: its gradient grows like ratio^2, so one outlier would own it."""
+
+    def variance(tokens: Tokens) -> Tensor:
+        values = tokens.once(ratio)
+        one = values.new_ones(()).expand_as(values)
+        return torch.nn.functional.mse_loss(values, one, reduction="none")  # two passes where a square has five
+
+    return variance
 
 
 def reference_k3(tokens: Tokens) -> Tensor:

@@ -91,7 +91,8 @@ class R2vpoFresh(Recipe):
 
 
 def _constrained(recipe: R2vpo | R2vpoFresh, *, fresh_only: bool) -> Objective:
-    variance = ratio_variance(max_log_ratio=recipe.max_log_ratio)
+    ratio = bounded_ratio(max_log_ratio=recipe.max_log_ratio)
+    variance = ratio_variance(ratio)
     dual = DualAscent(
         name="variance",
         statistic=variance,
@@ -106,7 +107,7 @@ def _constrained(recipe: R2vpo | R2vpoFresh, *, fresh_only: bool) -> Objective:
     )
     return recipe.composed(
         PolicyGradient(
-            surrogate=importance(bounded_ratio(max_log_ratio=recipe.max_log_ratio)),
+            surrogate=importance(ratio),
             advantage=recipe.advantage.piece,
             aggregate=mean_over_tokens,
         ),

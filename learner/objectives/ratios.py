@@ -1,13 +1,14 @@
 """How far the policy has moved from the one that drew a token: [B, T] or [B, 1], float32, exponentiated last."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from learner.objectives.aggregation import mean_by_sequence, sum_by_sequence
 from learner.objectives.objective import TokenPiece
-from learner.tokens import Column, Tokens
+from learner.tokens import Column, Tokens, as_weights
 
 MAX_LOG_RATIO = 20.0
 """Guard before exp: exp(20) = 4.9e8 is beyond any useful ratio, and the square of a product of two of them, exp(80),
@@ -25,13 +26,14 @@ def no_ratio(tokens: Tokens) -> Tensor:
 
 
 def token_ratio(tokens: Tokens) -> Tensor:
-    """rho."""
-    return log_ratio(tokens).exp()
+    """rho; 1 behind the mask."""
+    return tokens.once(_token_ratio)
 
 
 def bounded_ratio(*, max_log_ratio: float) -> TokenPiece:
     """rho with |log rho| <= max_log_ratio; outside it has no gradient."""
-    return lambda tokens: bounded(log_ratio(tokens), max_log_ratio).exp()
+    bound = math.exp(min(max_log_ratio, MAX_LOG_RATIO))
+    return lambda tokens: bounded(token_ratio(tokens), 1.0 / bound, bound)
 
 
 def sequence_ratio(tokens: Tokens) -> Tensor:
@@ -55,21 +57,20 @@ def proximal_to_behavior(tokens: Tokens) -> Tensor:
 
 
 def prefix_minimum(tokens: Tokens) -> Tensor:
-    """sg[log min_{i < t} rho_i] over the trained tokens before t; 0 where there is none, holes are transparent."""
-    logs = torch.where(tokens.mask, log_ratio(tokens).detach(), math.inf)
-    inclusive = logs.cummin(-1).values
-    exclusive = torch.nn.functional.pad(inclusive[:, :-1], (1, 0))
-    return exclusive.nan_to_num_(posinf=0.0)  # inf: masked tokens alone before it
+    """sg[min_{i < t} rho_i] over the trained tokens before t; 1 where there is none, holes are transparent."""
+    inclusive = torch.where(tokens.mask, token_ratio(tokens).detach(), math.inf).cummin(-1).values
+    exclusive = torch.nn.functional.pad(inclusive[:, :-1], (1, 0), value=1.0)
+    return exclusive.nan_to_num_(posinf=1.0)  # inf: masked tokens alone before it
 
 
 def prefix_ratio(tokens: Tokens) -> Tensor:
     """sg[min_{i < t} rho_i] * rho_t."""
-    return (prefix_minimum(tokens) + log_ratio(tokens)).exp()
+    return prefix_minimum(tokens) * token_ratio(tokens)
 
 
 def capped_prefix_ratio(tokens: Tokens) -> Tensor:
     """sg[min(1, min_{i < t} rho_i)] * rho_t: a good prefix never amplifies."""
-    return (prefix_minimum(tokens).clamp(max=0.0) + log_ratio(tokens)).exp()
+    return prefix_minimum(tokens).clamp(max=1.0) * token_ratio(tokens)
 
 
 def soft_clip(ratio: TokenPiece, *, low: float, high: float) -> TokenPiece:
@@ -80,6 +81,16 @@ def soft_clip(ratio: TokenPiece, *, low: float, high: float) -> TokenPiece:
 def truncated(ratio: TokenPiece, *, cap: float) -> TokenPiece:
     """min(ratio, cap), a weight."""
     return lambda tokens: ratio(tokens).clamp(max=cap)
+
+
+def banded(ratio: TokenPiece, *, low: float, high: float) -> TokenPiece:
+    """ratio inside [low, high], 0 outside, a weight."""
+
+    def weight(tokens: Tokens) -> Tensor:
+        values = tokens.once(ratio)
+        return values * as_weights((values >= low) & (values <= high))
+
+    return weight
 
 
 def deviation(tokens: Tokens) -> Tensor:
@@ -108,14 +119,35 @@ def k3(tokens: Tokens) -> Tensor:
     return logs.expm1() - logs
 
 
-def bounded(logs: Tensor, bound: float) -> Tensor:
-    """Clamp to +-bound; outside it has no gradient."""
-    return torch.nn.functional.hardtanh(logs, -bound, bound)  # clamp's own backward passes four times over memory
+def bounded(values: Tensor, low: float, high: float) -> Tensor:
+    """Clamp to [low, high]; outside it has no gradient."""
+    result: Tensor = _Bounded.apply(values, low, high)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return result
 
 
 def _log_ratio(tokens: Tokens) -> Tensor:
     return _guarded(tokens.logprobs - tokens.behavior_logprobs)
 
 
+def _token_ratio(tokens: Tokens) -> Tensor:
+    return log_ratio(tokens).exp()
+
+
 def _guarded(logs: Tensor) -> Tensor:
-    return bounded(logs, MAX_LOG_RATIO)
+    return bounded(logs, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+class _Bounded(torch.autograd.Function):
+    """hardtanh whose backward reads its result: the input is free again, and clamp's four passes are one."""
+
+    @staticmethod
+    def forward(context: Any, values: Tensor, low: float, high: float) -> Tensor:
+        result = torch.nn.functional.hardtanh(values, low, high)
+        context.save_for_backward(result)
+        context.limits = low, high
+        return result
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (result,) = context.saved_tensors
+        return torch.ops.aten.hardtanh_backward(gradient, result, *context.limits), None, None

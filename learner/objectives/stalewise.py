@@ -13,7 +13,14 @@ from learner.objectives.gates import trust_region
 from learner.objectives.multipliers import DualAscent
 from learner.objectives.objective import Objective, TokenPiece
 from learner.objectives.penalties import ratio_variance
-from learner.objectives.ratios import capped_prefix_ratio, no_ratio, prefix_ratio, soft_clip, token_ratio
+from learner.objectives.ratios import (
+    bounded_ratio,
+    capped_prefix_ratio,
+    no_ratio,
+    prefix_ratio,
+    soft_clip,
+    token_ratio,
+)
 from learner.objectives.recipe import (
     AdvantageName,
     CentringName,
@@ -49,7 +56,7 @@ _WEIGHTS: dict[WeightName, TokenPiece] = {
 
 
 class Stalewise(Recipe):
-    """The default: MinPRO's weight, TRM's gate, R2VPO's constraint and ReVal's residual in one loss: ours."""
+    """The default: MinPRO's weight and TRM's gate; R2VPO's constraint and ReVal's residual to switch on: ours."""
 
     name: ClassVar = "stalewise"
     paper: ClassVar = "ours, after arXiv 2601.22718, 2512.23075, 2601.03320, 2603.23355"
@@ -57,7 +64,7 @@ class Stalewise(Recipe):
         "1/N sum { -policy_coefficient [gate] s(w) A log pi + lambda (rho - 1)^2 }"
         " + bellman_coefficient beta / (2 N) sum_i delta_i^2"
     )
-    use: ClassVar = "The default for old data; switch off what your run does not need."
+    use: ClassVar = "The default for old data: weight and gate; each part is switched on or off in one line."
     denominator: ClassVar = "all tokens"
 
     policy_coefficient: NonNegative = 1.0
@@ -78,16 +85,17 @@ class Stalewise(Recipe):
     """As in r2vpo."""
     lambda_start: NonNegative = 0.0
     """The constraint starts loose and tightens by itself."""
-    lambda_max: NonNegative = 0.1
-    """As in r2vpo. 0 = no constraint."""
+    lambda_max: NonNegative = 0.0
+    """0 = no constraint; on: 0.1, as in r2vpo. Off since it cost up to 15 points, gained none (docs/demo-recipe.md)."""
     dual_step: NonNegative = 0.02
     """As in r2vpo."""
     dual_decay: Share = 0.9
     """As in r2vpo: about ten batches, for one batch of mixed ages is noisy."""
     max_log_ratio: Positive = 5.0
     """As in r2vpo."""
-    bellman_coefficient: NonNegative = 1.0
-    """Of the Bellman residual; at the reference its gradient is this times the token-mean REINFORCE. 0 = off."""
+    bellman_coefficient: NonNegative = 0.0
+    """0 = no residual and no reference model; on: 1, at the reference as strong as token-mean REINFORCE. Off since that
+    cost 6 to 8 points (docs/demo-recipe.md)."""
     beta: Positive = 0.2
     """As in reval, for responses of tens of tokens."""
     centring: CentringName = CentringName.LEAVE_ONE_OUT
@@ -124,7 +132,7 @@ class Stalewise(Recipe):
     def _dual(self) -> DualAscent:
         return DualAscent(
             name="variance",
-            statistic=ratio_variance(max_log_ratio=self.max_log_ratio),
+            statistic=ratio_variance(bounded_ratio(max_log_ratio=self.max_log_ratio)),
             advantage=self.advantage.piece,
             target=self.target_variance,
             step=self.dual_step,

@@ -9,26 +9,26 @@ from learner.tokens import Tokens
 
 def score(weight: TokenPiece) -> Surrogate:
     """sg[weight] * A * log pi: gradient through log pi alone."""
-    return lambda tokens, advantage: weight(tokens).detach() * advantage * tokens.logprobs
+    return lambda tokens, advantage: _without_gradient(weight, tokens) * advantage * tokens.logprobs
 
 
 def weighted(surrogate: Surrogate, weight: TokenPiece) -> Surrogate:
     """sg[weight] * surrogate."""
-    return lambda tokens, advantage: tokens.once(weight).detach() * surrogate(tokens, advantage)
+    return lambda tokens, advantage: _without_gradient(weight, tokens) * surrogate(tokens, advantage)
 
 
 def tapered_score(weight: TokenPiece) -> Surrogate:
     """A * log pi where A >= 0, and sg[weight] * A * log pi where A < 0 (arXiv 2503.14286)."""
 
     def surrogate(tokens: Tokens, advantage: Tensor) -> Tensor:
-        return torch.where(advantage < 0, weight(tokens).detach(), 1.0) * advantage * tokens.logprobs
+        return torch.where(advantage < 0, _without_gradient(weight, tokens), 1.0) * advantage * tokens.logprobs
 
     return surrogate
 
 
 def importance(ratio: TokenPiece) -> Surrogate:
     """ratio * A."""
-    return lambda tokens, advantage: ratio(tokens) * advantage
+    return lambda tokens, advantage: tokens.once(ratio) * advantage
 
 
 def hard_clip(ratio: TokenPiece, *, low: float, high: float) -> Surrogate:
@@ -53,3 +53,8 @@ def dual_clip(surrogate: Surrogate, *, floor: float) -> Surrogate:
         return torch.where(advantage < 0, torch.maximum(values, floor * advantage), values)
 
     return clipped
+
+
+@torch.no_grad()
+def _without_gradient(weight: TokenPiece, tokens: Tokens) -> Tensor:
+    return weight(tokens).detach()

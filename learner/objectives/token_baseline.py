@@ -7,7 +7,6 @@ once, as the mean of those of its members that are still alive; where one episod
 import torch
 from torch import Tensor
 
-from learner.objectives.aggregation import masked
 from learner.objectives.objective import Advantage, TokenPiece
 from learner.tokens import Column, Tokens
 
@@ -34,7 +33,7 @@ def optimal_token_baseline(*, weight: TokenPiece | None = None) -> Advantage:
         weights = votes * (energies + _ENERGY_FLOOR)
         baseline = _sums_by_place(places, tokens, weights * returns) / _sums_by_place(places, tokens, weights)
         alive = _sums_by_place(places, tokens, votes).round()  # episodes
-        return masked(tokens, returns - torch.where(alive > 1, baseline, 0.0)).float()
+        return _masked(tokens, returns - torch.where(alive > 1, baseline, 0.0)).float()
 
     return Advantage(compute, frozenset({Column.OTHER_SQUARED_PROBS}))
 
@@ -62,5 +61,10 @@ def _places(owner: Tensor, tokens: Tokens) -> Tensor:
 
 def _sums_by_place(places: Tensor, tokens: Tokens, values: Tensor) -> Tensor:
     """[B, T] float64: at each trained token, the sum of `values` over the trained tokens at its place."""
-    sums = values.new_zeros(places.numel()).index_add(0, places.flatten(), masked(tokens, values).flatten())
+    sums = values.new_zeros(places.numel()).index_add(0, places.flatten(), _masked(tokens, values).flatten())
     return sums[places]
+
+
+def _masked(tokens: Tokens, values: Tensor) -> Tensor:
+    """[B, T]: 0 behind the mask, where a place without a token has made inf of 1 / 0."""
+    return torch.where(tokens.mask, values, 0.0)

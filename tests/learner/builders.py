@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from buffer.types import Group, Sample, SampleInfo, SamplingSettings, Trajectory
 from learner.objectives.diagnostics import diagnose
 from learner.objectives.objective import Objective
-from learner.objectives.recipes import build_objective
 from learner.policy import Policy
 from learner.settings import ComputeSettings, LearnerSettings, OptimizerSettings
 from learner.step import Trainer
 from tests.factories import make_group, make_trajectory
+from tests.learner.objectives.batches import whole
 
 VOCAB = 24
 WARM = SamplingSettings(temperature=0.7, top_p=1.0, top_k=0, min_p=0.0)
@@ -113,7 +113,7 @@ def make_trainer(
     )
     return Trainer(
         policy=make_policy(model_dir, micro_batch_tokens=micro_batch_tokens),
-        objective=build_objective(objective, {}) if isinstance(objective, str) else objective,
+        objective=whole(objective) if isinstance(objective, str) else objective,
         settings=settings,
         diagnose=diagnose,
         now=time.monotonic,

@@ -12,10 +12,11 @@ from learner.objectives.recipes import RECIPES, build_objective
 from learner.tokens import DIVERGENCES, Column, Tokens
 from tests.learner.builders import make_trainer, plain_samples
 from tests.learner.documented import never_seen, parts, patterns, undocumented
-from tests.learner.objectives.batches import tokens_of
+from tests.learner.objectives.batches import ALL_PARTS, tokens_of
 
 MULTIPLIERS = {"variance": 0.1, "variance_ema": 0.04}
 VARIANTS: dict[str, dict[str, object]] = {
+    "stalewise": ALL_PARTS,
     "trm": {"mean_k3": 0.1, "max_kl": 0.1, "mean_kl": 0.1},
     "grpo": {"dual_clip": 3.0, "reference_kl": 0.04},
 }

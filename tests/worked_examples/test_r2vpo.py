@@ -8,6 +8,7 @@ import torch
 
 from learner.objectives.aggregation import mean_over_tokens
 from learner.objectives.penalties import ratio_variance
+from learner.objectives.ratios import bounded_ratio
 from learner.objectives.recipes import build_objective
 from learner.tokens import Tokens, cleaned
 from tests.learner.objectives.batches import gradient, one_batch
@@ -90,7 +91,7 @@ def test_r3_the_bandit_optimum_is_stationary() -> None:
     total = build_objective("r2vpo", OPEN)(tokens, {"variance": multiplier, "variance_ema": 0.0}).total
 
     assert gradient(total, logits).abs().max().item() < 1e-5
-    variance = mean_over_tokens(tokens, ratio_variance(max_log_ratio=5.0)(cleaned(tokens, ())))
+    variance = mean_over_tokens(tokens, ratio_variance(bounded_ratio(max_log_ratio=5.0))(cleaned(tokens, ())))
     assert variance.item() == pytest.approx(0.04, abs=1e-5)
     assert -total.item() + multiplier * 0.04 == pytest.approx(0.3 + 0.156205, abs=1e-5)  # mean A, and the gain
 
@@ -115,6 +116,6 @@ def test_r4_one_multiplier_reweights_fresh_and_stale_tokens() -> None:
 def test_log_ratios_outside_the_bound_are_taken_at_the_bound() -> None:
     tokens = from_ratios([math.exp(-9.0), 1.0], [1.0, 1.0])
 
-    values = ratio_variance(max_log_ratio=5.0)(cleaned(tokens, ()))
+    values = ratio_variance(bounded_ratio(max_log_ratio=5.0))(cleaned(tokens, ()))
 
     assert values[:, 0].tolist() == pytest.approx([(math.exp(-5) - 1) ** 2, 0.0], rel=1e-6)

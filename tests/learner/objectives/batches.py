@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from learner.objectives.objective import Objective
+from learner.objectives.recipes import build_objective
 from learner.tokens import Column, Tokens, cleaned
 
 NAN = math.nan
@@ -105,6 +107,14 @@ ROWS = (
     # a group of one
     Row(log_ratios=[0.1, -0.2, 0.35], mask=[1, 1, 1], reward=1.0, group=2, episode=6, ages=[1] * 3, first_logit=-0.6),
 )
+
+ALL_PARTS: dict[str, object] = {"lambda_max": 0.1, "bellman_coefficient": 1.0}
+"""Of stalewise, whose constraint and residual are off by default."""
+
+
+def whole(name: str) -> Objective:
+    """The recipe of that name by its defaults, with all its parts."""
+    return build_objective(name, ALL_PARTS if name == "stalewise" else {})
 
 
 def padded(lists: list[list[float]], fill: float) -> Tensor:

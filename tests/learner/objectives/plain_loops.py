@@ -236,14 +236,18 @@ def reval(rows: Sequence[Row]) -> Result:
     return squared_residual(rows, 0.02, group_mean, 1 / len(rows))
 
 
-def stalewise(rows: Sequence[Row]) -> Result:
-    """At a multiplier of 0.04."""
-    policy = weighted_score(
+def stalewise_policy(rows: Sequence[Row]) -> Result:
+    return weighted_score(
         rows,
         lambda row, t: clip(prefix_ratio(row, t), 0.0, 1.28),
         leave_one_out,
         lambda row: inside_trust_region(row, 0.5, math.inf),
     )
+
+
+def stalewise(rows: Sequence[Row]) -> Result:
+    """With all its parts, at a multiplier of 0.04."""
+    policy = stalewise_policy(rows)
     bellman = squared_residual(rows, 0.2, leave_one_out, 0.2 / (2 * num_tokens(rows)))
     loss, grad = policy.loss + bellman.loss, dict(policy.logprobs)
     for i, row in enumerate(rows):

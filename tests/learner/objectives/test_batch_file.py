@@ -11,7 +11,7 @@ from learner.objectives.batch_file import batch_tokens, evaluated, read_batch
 from learner.objectives.catalog import catalog, described
 from learner.objectives.recipes import RECIPES, build_objective
 from learner.tokens import Column, MissingColumns
-from tests.learner.objectives.batches import ROWS, Row, gradient, tokens_of
+from tests.learner.objectives.batches import ALL_PARTS, ROWS, Row, gradient, tokens_of
 
 VERSION = 200
 
@@ -51,10 +51,11 @@ def written(tmp_path: Path, batch: object) -> Path:
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_a_file_gives_the_loss_and_gradients_of_its_tensors(name: str, tmp_path: Path) -> None:
     path = written(tmp_path, {"learner_version": VERSION, "trajectories": [entry(row) for row in ROWS]})
-    tokens, objective = tokens_of(), build_objective(name, {})
+    options = ALL_PARTS if name == "stalewise" else {}
+    tokens, objective = tokens_of(), build_objective(name, options)
     loss = objective(tokens, objective.initial_multipliers())
 
-    found = evaluated(name, {}, path)
+    found = evaluated(name, options, path)
 
     assert found["loss"] == pytest.approx(loss.total.item(), rel=1e-6)
     wanted = gradient(loss.total, tokens.logprobs)

@@ -9,7 +9,7 @@ from learner.objectives.objective import Objective
 from learner.objectives.recipes import RECIPES, build_objective
 from learner.tokens import Column
 from tests.learner.objectives import plain_loops, plain_loops_of_baselines
-from tests.learner.objectives.batches import ROWS, Row, gradient, tokens_of
+from tests.learner.objectives.batches import ROWS, Row, gradient, tokens_of, whole
 from tests.learner.objectives.plain_loops import Result
 
 LOOPS = {**plain_loops.LOOPS, **plain_loops_of_baselines.LOOPS}
@@ -42,13 +42,13 @@ def test_every_recipe_has_a_plain_loop() -> None:
 
 @pytest.mark.parametrize("name", sorted(LOOPS))
 def test_recipe_equals_its_plain_loop_in_loss_and_gradient(name: str) -> None:
-    assert_equal(build_objective(name, {}), LOOPS[name](ROWS))
+    assert_equal(whole(name), LOOPS[name](ROWS))
 
 
 @pytest.mark.parametrize("name", sorted(LOOPS))
 def test_recipe_equals_its_plain_loop_on_one_token_and_on_one_group(name: str) -> None:
     for rows in (ROWS[4:5], ROWS[:3]):
-        assert_equal(build_objective(name, {}), LOOPS[name](rows), rows)
+        assert_equal(whole(name), LOOPS[name](rows), rows)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +113,7 @@ def test_recipe_equals_its_plain_loop_on_one_token_and_on_one_group(name: str) -
             {"beta": 0.5, "centring": "none", "scale_by_beta": True},
             lambda rows: plain_loops.squared_residual(rows, 0.5, plain_loops.raw, 0.25 / len(rows)),
         ),
+        ("stalewise", {}, plain_loops.stalewise_policy),
         (
             "stalewise",
             {"lambda_max": 0, "bellman_coefficient": 0, "weight": "token", "max_k2": "inf", "advantage": "group_mean"},

