@@ -3,13 +3,13 @@
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import Protocol
 
 from buffer.errors import StalewiseError
 from buffer.types import PolicyVersion
-from buffer.wire import Heartbeat
+from buffer.wire import Heartbeat, Load
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Status:
         with self._lock:
             return 0.0 if self._activity in _WORKING else self._now() - self._since_s
 
-    def heartbeat(self, version: PolicyVersion) -> Heartbeat:
+    def heartbeat(self, version: PolicyVersion, loads: Sequence[Load] = ()) -> Heartbeat:
         """Return a heartbeat whose rate is over the time since the one before."""
         with self._lock:
             now_s, (then_s, then_tokens) = self._now(), self._last_beat
@@ -76,6 +76,7 @@ class Status:
                 groups_total=self.groups_total,
                 state=self._activity.value,
                 detail=(self._reason + waited)[:1024],
+                loads=tuple(loads),
             )
 
 
@@ -95,6 +96,7 @@ class Pulse:
         *,
         status: Status,
         version: Callable[[], PolicyVersion],
+        loads: Callable[[], Sequence[Load]],
         monitor: Monitor,
         actor_id: str,
         heartbeat_s: float,
@@ -103,6 +105,7 @@ class Pulse:
     ) -> None:
         self._status = status
         self._version = version
+        self._loads = loads
         self._monitor = monitor
         self._actor_id = actor_id
         self._heartbeat_s = heartbeat_s
@@ -126,7 +129,7 @@ class Pulse:
 
     def beat(self) -> None:
         """Send one heartbeat. One that cannot be delivered is dropped, and the log says so once per outage."""
-        heartbeat = self._status.heartbeat(self._version())
+        heartbeat = self._status.heartbeat(self._version(), self._loads())
         self._warn_of_stall(heartbeat)
         try:
             self._monitor.heartbeat(self._actor_id, heartbeat)

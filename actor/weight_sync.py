@@ -12,6 +12,9 @@ import hashlib
 import logging
 import random
 import threading
+import time
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -24,11 +27,14 @@ from buffer.errors import CanaryFailed, CorruptWeights, NotFound, RunMismatch, S
 from buffer.types import PolicyVersion
 from buffer.weights.manifest import Manifest, Payload, Probe
 from buffer.weights.store import WeightStore
+from buffer.wire import Load
 
 log = logging.getLogger(__name__)
 
 UNREACHABLE = (ServiceUnreachable, StoreUnavailable, httpx.TransportError)
 """The service is away or its store refuses: worth trying again."""
+
+_KEPT_LOADS = 8
 
 
 class WeightSync:
@@ -45,6 +51,7 @@ class WeightSync:
         settings: ActorSettings,
         stop: threading.Event,
         jitter: random.Random,
+        unix_time: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._engine = engine
@@ -54,12 +61,15 @@ class WeightSync:
         self._poll_s = settings.poll_s
         self._backoff = Backoff(settings.retry_s, jitter)
         self._stop = stop
+        self._unix_time = unix_time
         self._thread = threading.Thread(target=self._run, name="weight-sync", daemon=True)
         self._loading = threading.Lock()  # held from the first changed weight to the canary's verdict
         self._ready = threading.Event()
         self._fatal: Exception | None = None
         self.verified_version: PolicyVersion = -1
         """The newest version that passed the canary."""
+        self.loads: deque[Load] = deque(maxlen=_KEPT_LOADS)
+        """The newest versions that passed the canary, oldest first."""
         self.failures_total = 0
         """Loads that were refused by the canary or by the engine."""
         self.quarantine_reason = ""
@@ -146,6 +156,8 @@ class WeightSync:
             log.warning("version %d passed the canary: out of quarantine", manifest.version)
         self.quarantine_reason = ""
         self.verified_version = manifest.version
+        loaded_s = max(0.0, self._unix_time() - manifest.created_s)  # another machine's clock may be ahead
+        self.loads.append(Load(version=manifest.version, publish_to_loaded_s=loaded_s))
         self._ready.set()
         log.info("generating with version %d", manifest.version)
 

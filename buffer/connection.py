@@ -14,6 +14,7 @@ from pydantic import Field
 
 from buffer import errors
 from buffer.errors import ServiceUnreachable, StalewiseError, StoreUnavailable
+from buffer.request_id import HEADER, current_request_id, request_scope
 from buffer.settings import Settings
 from buffer.wire import JSON, MSGPACK, Heartbeat, LearnerReport, RunInfo, decode, encode, parse
 
@@ -105,7 +106,7 @@ class ServiceClient:
 
     def post_learner_metrics(self, report: LearnerReport) -> None:
         """Post the learner's progress; the dashboard shows the last one."""
-        self.request("POST", "/v1/learner/metrics", body=encode(report, JSON))
+        self.request("POST", "/v1/learner/metrics", body=encode(report, MSGPACK), content_type=MSGPACK)
 
     def get_json(self, path: str) -> Any:
         """GET a path and return its decoded JSON."""
@@ -126,14 +127,16 @@ class ServiceClient:
         """Send a request, with retries, and return a success or a status in `answers`; raise the named error otherwise.
 
         `wait_s` is how long the service may think on purpose; it is added to the read timeout. An iterable body is
-        iterated anew for each attempt, so a one-shot iterator cannot be retried.
+        iterated anew for each attempt, so a one-shot iterator cannot be retried. All attempts carry one request id.
         """
         headers = {"Accept": accept} | ({"Content-Type": content_type} if body is not None else {})
         timeout = httpx.Timeout(self._settings.read_timeout_s + wait_s, connect=self._settings.connect_timeout_s)
 
         def attempt() -> httpx.Response:
-            response = self._http.request(method, path, content=body, headers=headers, params=params, timeout=timeout)
+            named = {**headers, HEADER: current_request_id()}
+            response = self._http.request(method, path, content=body, headers=named, params=params, timeout=timeout)
             if not response.is_success and response.status_code not in answers:
+                log.info("%s %s is answered with %d", method, path, response.status_code)
                 raise error_of(response)
             return response
 
@@ -142,14 +145,21 @@ class ServiceClient:
     @contextmanager
     def stream(self, path: str) -> Iterator[Iterator[bytes]]:
         """GET a path and hand out its body in chunks, without retries: a caller repeats it by `retry`."""
-        with self._http.stream("GET", path, headers={"Accept": "*/*"}) as response:
+        with (
+            request_scope() as request_id,
+            self._http.stream("GET", path, headers={"Accept": "*/*", HEADER: request_id}) as response,
+        ):
             if not response.is_success:
                 response.read()
                 raise error_of(response)
             yield response.iter_bytes(1 << 20)
 
     def retry(self, attempt: Callable[[], R], *, what: str) -> R:
-        """Call `attempt` until it succeeds, the service names an error, or the budget is spent."""
+        """Call `attempt`, under one request id, until it succeeds, an error is named or the budget is spent."""
+        with request_scope():
+            return self._retry(attempt, what)
+
+    def _retry(self, attempt: Callable[[], R], what: str) -> R:
         deadline = self._monotonic() + self._settings.retry_budget_s
         pause_s = self._settings.retry_first_s
         while True:

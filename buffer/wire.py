@@ -15,6 +15,7 @@ from buffer.codec import sentence, unpack
 from buffer.errors import InvalidRequest
 from buffer.rate_limiter import RateLimiterSettings
 from buffer.table import SampleRequest, TableStats, Wait
+from buffer.trained import MAX_TRAINED_GROUPS, TrainedGroup
 from buffer.types import (
     MAX_ITEMS,
     SCHEMA,
@@ -148,6 +149,14 @@ class RunInfo(Record):
     tokens_required: bool
 
 
+class Load(Record):
+    """A version that an actor has loaded and proven by its canary."""
+
+    version: Annotated[PolicyVersion, Field(ge=0, lt=1 << 53)]
+    publish_to_loaded_s: Annotated[FiniteFloat, Field(ge=0)]
+    """From the learner's time stamp in the manifest to the canary's verdict here; as right as the two clocks are."""
+
+
 class Heartbeat(Record):
     """An actor is alive: the body of POST /v1/actors/{actor_id}/heartbeat."""
 
@@ -161,6 +170,8 @@ class Heartbeat(Record):
     """One word: generating, waiting, quarantined ..."""
     detail: Annotated[str, Field(max_length=1024)] = ""
     """A sentence about the state, such as what it waits for."""
+    loads: Annotated[tuple[Load, ...], Field(max_length=16, strict=False)] = ()
+    """The last versions loaded, oldest first."""
 
 
 class ActorStatus(Heartbeat):
@@ -171,8 +182,8 @@ class ActorStatus(Heartbeat):
     """Seconds since the heartbeat arrived."""
 
 
-class LearnerReport(Record):
-    """How the learner is doing: the body of POST /v1/learner/metrics."""
+class LearnerProgress(Record):
+    """How the learner is doing."""
 
     updates: Count
     total_updates: Annotated[int, Field(ge=1)] | None = None
@@ -184,7 +195,14 @@ class LearnerReport(Record):
     """For whom the learner waits, if it does."""
 
 
-class LearnerStatus(LearnerReport):
+class LearnerReport(LearnerProgress):
+    """The body of POST /v1/learner/metrics."""
+
+    trained: Annotated[tuple[TrainedGroup, ...], Field(max_length=MAX_TRAINED_GROUPS, strict=False)] = ()
+    """Groups of the last update with their ratios; the service remembers the newest ones."""
+
+
+class LearnerStatus(LearnerProgress):
     """The learner's last report."""
 
     age_s: float
@@ -198,6 +216,18 @@ class LimiterStatus(Record):
     settings: RateLimiterSettings
 
 
+class StoreStatus(Record):
+    """How near the stores are to their limits."""
+
+    memory_bytes: int
+    """What Redis uses, all runs in it."""
+    memory_limit_bytes: int
+    """Redis' maxmemory; 0 = none but the machine's."""
+    disk_free_bytes: int
+    """Where the run's directory is."""
+    disk_total_bytes: int
+
+
 class ServiceStats(Record):
     """The answer of GET /v1/stats."""
 
@@ -207,6 +237,7 @@ class ServiceStats(Record):
     weights: WeightsStatus
     learner: LearnerStatus | None
     actors: list[ActorStatus]
+    store: StoreStatus
     promises: dict[str, str]
     """What the store guarantees, as it answers itself: appendfsync, maxmemory_policy."""
     uptime_s: float

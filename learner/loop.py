@@ -8,12 +8,13 @@
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
 from buffer.errors import InvalidSettings, ServiceUnreachable, StoreUnavailable
 from buffer.table import Wait
+from buffer.trained import TrainedGroup
 from buffer.types import Sample
 from learner.admission import Admission
 from learner.checkpoint import Checkpoints
@@ -22,6 +23,7 @@ from learner.publisher import Publisher, take_snapshot
 from learner.sampling import Prefetcher
 from learner.settings import LearnerSettings
 from learner.step import Progress, Trainer
+from learner.trained import trained_groups
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +36,8 @@ SILENT_WAIT_S = 1.0
 class Reporter(Protocol):
     """Who wants to know how the learner is doing. Must not block for long, nor raise when the service is away."""
 
-    def update(self, progress: Progress, metrics: Mapping[str, float]) -> None:
-        """Take the metrics of one update."""
+    def update(self, progress: Progress, metrics: Mapping[str, float], trained: Sequence[TrainedGroup]) -> None:
+        """Take the metrics of one update, and the groups that it trained on."""
         ...
 
     def waiting(self, progress: Progress, wait: Wait) -> None:
@@ -160,7 +162,8 @@ class LearnerLoop:
         self._reporter.waiting(self._trainer.progress, Wait(who="learner", since_s=waited_s, reason=reason))
 
     def _update(self, samples: list[Sample], *, waited_s: float) -> None:
-        metrics = self._trainer.update(collate(samples, clock=self._trainer.progress.clock))
+        clock = self._trainer.progress.clock
+        metrics = self._trainer.update(collate(samples, clock=clock))
         stepped_s = self._now()
         if self._trainer.progress.updates % self._settings.publish_every == 0:
             self._publish()
@@ -172,7 +175,10 @@ class LearnerLoop:
             "time/publish_s": published_s - stepped_s,
             "time/checkpoint_s": self._now() - published_s,
         }
-        self._reporter.update(self._trainer.progress, {**metrics, **self._dropped, **times})
+        trained = trained_groups(
+            samples, self._trainer.log_ratios, clock=clock, max_tokens=self._settings.report_tokens
+        )
+        self._reporter.update(self._trainer.progress, {**metrics, **self._dropped, **times}, trained)
 
     def _publish(self) -> None:
         clock = self._trainer.progress.clock

@@ -102,6 +102,9 @@ class LearnerSettings(Settings):
     """The torch device of model and optimiser."""
     threads: Annotated[int, Field(ge=1)] = 1
     """CPU threads of torch. 1: processes that share cores with several threads each slow down tenfold and more."""
+    report_tokens: Annotated[int, Field(ge=0)] = 65_536
+    """Response tokens of trained groups that go to the service with one update, for the dashboard: about 13 bytes
+    each. Groups beyond are left out of its ring; 0 = none are sent."""
     wandb_project: str | None = None
     """Weights & Biases project that gets the metrics too. None = JSONL and TensorBoard files only."""
 

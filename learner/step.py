@@ -58,6 +58,8 @@ class Trainer:
         self.multipliers = objective.initial_multipliers()
         self.reference = _make_reference(policy, objective, settings)
         self.progress = Progress()
+        self.log_ratios = torch.zeros(0, 0)
+        """[B, T] float32: log pi / behavior of the last batch, before its update; 0 behind the mask."""
         self._settings = settings
         self._diagnose = diagnose
         self._now = now
@@ -85,6 +87,9 @@ class Trainer:
             used = self.multipliers
             self.multipliers = self.objective.next_multipliers(detached, used)
             diagnoses = self._diagnose(detached, loss)
+            self.log_ratios = (
+                torch.where(detached.mask, detached.logprobs - detached.behavior_logprobs, 0.0).float().cpu()
+            )
         self._advance()
         self._watch_gates(loss, tokens)
         return {

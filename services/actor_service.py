@@ -91,6 +91,7 @@ class _Process:
         pulse = Pulse(
             status=status,
             version=lambda: engine.version,
+            loads=lambda: tuple(sync.loads),
             monitor=self.client,
             actor_id=self.actor_id,
             heartbeat_s=settings.heartbeat_s,

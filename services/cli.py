@@ -1,7 +1,6 @@
 """The command line: every command resolves the settings, then imports and calls one service module."""
 
 import json
-import logging
 import os
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Annotated
 import typer
 
 from buffer.errors import StalewiseError
+from services.log_lines import LogSettings, set_up_logging
 from services.objectives_cli import objectives_app
 from services.settings import RunConfig, connect, describe, load_config
 
@@ -31,8 +31,7 @@ Overrides = Annotated[
 
 def main() -> None:
     """Run a command; an error that a user can meet is one sentence on stderr and its exit code."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # one line a request is too many
+    set_up_logging(LogSettings(), run_id="")
     try:
         app()
     except StalewiseError as error:
@@ -173,7 +172,9 @@ def show_settings(config: Config = None, overrides: Overrides = []) -> None:  # 
 
 
 def _load(config: Path | None, overrides: list[str]) -> RunConfig:
-    return load_config(config, overrides=overrides, environment=os.environ)
+    settings = load_config(config, overrides=overrides, environment=os.environ)
+    set_up_logging(settings.log, run_id=settings.run.name)
+    return settings
 
 
 def _arguments(config: Path | None, overrides: list[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -12,8 +12,11 @@ from buffer.rate_limiter import RateLimiterSettings
 from buffer.settings import Settings
 from buffer.table import ServedTable, TableSettings
 from buffer.weights.directory_store import DirectoryWeightStore
+from buffer.wire import StoreStatus
+from services.history import History
 from services.presence import Presence
 from services.security import TokenSettings
+from services.trained_ring import TrainedRing
 
 
 class ServiceSettings(Settings):
@@ -56,8 +59,16 @@ class ServiceContext:
     limiter_settings: RateLimiterSettings
     weights: DirectoryWeightStore
     presence: Presence
+    history: History
+    trained: TrainedRing
+    token_texts: Callable[[Sequence[int]], list[str | None]]
+    """What token ids read as; None for an unknown one."""
+    store: Callable[[], StoreStatus]
+    """Asks the stores how much room they have."""
     promises: Callable[[], Mapping[str, str]]
     """Asks the store what it guarantees now: appendfsync, maxmemory_policy."""
     closing: threading.Event = field(default_factory=threading.Event)
     """Set when the service drains: requests that wait answer at once, with nothing."""
     monotonic: Callable[[], float] = time.monotonic
+    started_s: float = field(default_factory=time.monotonic)
+    """When this process began to serve, on the clock above."""

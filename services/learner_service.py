@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from buffer.client import ClientSettings, HttpTable, HttpWeightStore, ServiceCli
 from buffer.errors import RunMismatch, ServiceUnreachable, StoreUnavailable
 from buffer.fingerprint import model_fingerprint
 from buffer.table import Wait
+from buffer.trained import TrainedGroup
 from buffer.wire import LearnerReport
 from learner.admission import Admission
 from learner.checkpoint import Checkpoints
@@ -32,7 +33,7 @@ from learner.run_log import RunLog
 from learner.sampling import Prefetcher, selector_schedule
 from learner.step import Progress, Trainer
 from services.model_dir import local_model_dir
-from services.settings import RunConfig, connect, describe
+from services.settings import RunConfig, connect, log_settings
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class ServiceReporter:
         self._last: Mapping[str, float] = {}
         self._lost = 0
 
-    def update(self, progress: Progress, metrics: Mapping[str, float]) -> None:
+    def update(self, progress: Progress, metrics: Mapping[str, float], trained: Sequence[TrainedGroup]) -> None:
         """See learner.loop.Reporter."""
         self._last = {**metrics, "report/lost_total": float(self._lost)}
         self._run_log.write(progress, self._last)
@@ -64,13 +65,13 @@ class ServiceReporter:
                 metrics["time/sample_wait_s"],
             )
             log.info("%s", acceptance_sentence(metrics))
-        self._post(progress, None)
+        self._post(progress, None, trained)
 
     def waiting(self, progress: Progress, wait: Wait) -> None:
         """See learner.loop.Reporter."""
-        self._post(progress, wait)
+        self._post(progress, wait, ())
 
-    def _post(self, progress: Progress, wait: Wait | None) -> None:
+    def _post(self, progress: Progress, wait: Wait | None, trained: Sequence[TrainedGroup]) -> None:
         finite = {name: value for name, value in self._last.items() if math.isfinite(value)}  # JSON has no others
         report = LearnerReport(
             updates=progress.updates,
@@ -78,6 +79,7 @@ class ServiceReporter:
             version=progress.clock,
             metrics=finite,
             waiting=wait,
+            trained=tuple(trained),
         )
         try:
             self._client.post_learner_metrics(report)
@@ -93,7 +95,7 @@ def run_learner(config: RunConfig, *, resume: bool) -> None:
     torch.set_num_threads(config.learner.threads)
     torch.manual_seed(config.run.seed)
     transformers_logging.disable_progress_bar()
-    log.info("settings\n%s", describe(config))
+    log_settings(config)
     objective = build_objective(config.learner.objective.name, config.learner.objective.options)
     model_dir = local_model_dir(config.run.model)
     fingerprint = model_fingerprint(model_dir)

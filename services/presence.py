@@ -9,7 +9,7 @@ from pydantic import FiniteFloat
 
 from buffer.errors import StoreUnavailable
 from buffer.types import Record
-from buffer.wire import ActorStatus, Heartbeat, LearnerReport, LearnerStatus
+from buffer.wire import ActorStatus, Heartbeat, LearnerProgress, LearnerReport, LearnerStatus
 
 FORGET_AFTER_S = 600.0
 """An actor that was silent for so long is no longer listed."""
@@ -88,7 +88,7 @@ class _Heard(Record):
     """A message, and the Unix time at which it arrived."""
 
     received_s: FiniteFloat
-    message: Heartbeat | LearnerReport
+    message: Heartbeat | LearnerProgress
 
 
 class Presence:
@@ -103,8 +103,9 @@ class Presence:
         self._put(_ACTOR + actor_id, heartbeat)
 
     def report(self, report: LearnerReport) -> None:
-        """Keep the learner's report in place of its previous one."""
-        self._put(_LEARNER, report)
+        """Keep the learner's report, its groups apart, in place of its previous one."""
+        progress = {name: getattr(report, name) for name in LearnerProgress.model_fields}
+        self._put(_LEARNER, LearnerProgress(**progress))
 
     def read(self) -> tuple[LearnerStatus | None, list[ActorStatus]]:
         """Return the learner's last report, None before the first, and the actors heard of lately, by id."""
@@ -115,7 +116,7 @@ class Presence:
         for name, note in sorted(self._board.notes().items()):
             heard = _Heard.model_validate_json(note)
             age_s = max(0.0, now_s - heard.received_s)
-            if isinstance(heard.message, LearnerReport):
+            if isinstance(heard.message, LearnerProgress):
                 learner = LearnerStatus(**dict(heard.message), age_s=age_s)
             elif age_s > FORGET_AFTER_S:
                 silent.append(name)
@@ -125,7 +126,7 @@ class Presence:
             self._board.drop(silent)
         return learner, actors
 
-    def _put(self, name: str, message: Heartbeat | LearnerReport) -> None:
+    def _put(self, name: str, message: Heartbeat | LearnerProgress) -> None:
         self._board.put(name, _Heard(received_s=self._clock(), message=message).model_dump_json())
 
 

@@ -7,15 +7,14 @@ from typing import Annotated
 from fastapi import FastAPI, Path, Query, Request, Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
+from starlette.types import ASGIApp
 
 from buffer.prompts import MAX_PAGE, PromptPage
 from buffer.table import PriorityUpdate, SampleRequest
-from buffer.types import IDENTIFIER_PATTERN, LimiterState
+from buffer.types import IDENTIFIER_PATTERN
 from buffer.wire import (
     Heartbeat,
     LearnerReport,
-    LimiterStatus,
-    Limits,
     PriorityRequest,
     RunInfo,
     SampleResponse,
@@ -29,8 +28,12 @@ from services.browse_api import browse_operations
 from services.context import ServiceContext
 from services.dashboard import page_operations
 from services.intake_api import intake_operations
+from services.look_api import look_operations
 from services.operations import Operation, register
+from services.prometheus import metrics_operation
+from services.request_ids import RequestIds
 from services.security import Guard
+from services.stats import run_info, service_stats
 from services.weights_api import weight_operations
 
 _LONGEST_POLL_S = 0.25
@@ -41,7 +44,7 @@ PageLimit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
 Identity = Annotated[str, Path(pattern=IDENTIFIER_PATTERN)]
 
 
-def create_app(context: ServiceContext, guard: Guard) -> FastAPI:
+def create_app(context: ServiceContext, guard: Guard) -> ASGIApp:
     """Return the ASGI application of one run."""
     app = FastAPI(
         title="Stalewise replay service",
@@ -57,11 +60,13 @@ def create_app(context: ServiceContext, guard: Guard) -> FastAPI:
         *browse_operations(context),
         *_sample_operations(context),
         *weight_operations(context),
-        *_status_operations(context, guard),
+        *_status_operations(context),
+        *look_operations(context),
+        metrics_operation(context),
         *page_operations(),
     )
     register(app, operations, guard)
-    return app
+    return RequestIds(app)
 
 
 def _sample_operations(context: ServiceContext) -> Sequence[Operation]:
@@ -117,18 +122,16 @@ def _sample_operations(context: ServiceContext) -> Sequence[Operation]:
     )
 
 
-def _status_operations(context: ServiceContext, guard: Guard) -> Sequence[Operation]:
-    started_s = context.monotonic()
-
+def _status_operations(context: ServiceContext) -> Sequence[Operation]:
     async def run(request: Request) -> Response:
         """Return the identity of the run and the limits of submissions."""
         wanted = wanted_media_type(request)
-        return answer(await run_in_threadpool(_run_info, context, guard), wanted)
+        return answer(await run_in_threadpool(run_info, context), wanted)
 
     async def stats(request: Request) -> Response:
         """Return everything a dashboard needs, in constant time."""
         wanted = wanted_media_type(request)
-        return answer(await run_in_threadpool(_stats, context, guard, started_s), wanted)
+        return answer(await run_in_threadpool(service_stats, context), wanted)
 
     async def heartbeat(request: Request, actor_id: Identity) -> Response:
         """Keep an actor's heartbeat in place of its previous one."""
@@ -139,10 +142,13 @@ def _status_operations(context: ServiceContext, guard: Guard) -> Sequence[Operat
         return Response(status_code=204)
 
     async def learner_metrics(request: Request) -> Response:
-        """Keep the learner's report in place of its previous one."""
+        """Keep the learner's report in place of its previous one, and the groups that it has just trained on."""
         media_type = sent_media_type(request)
         raw = await read_body(request, max_bytes=settings.max_body_bytes)
-        await run_in_threadpool(context.presence.report, parse(LearnerReport, decode(raw, media_type)))
+        report = parse(LearnerReport, decode(raw, media_type))
+        await run_in_threadpool(context.presence.report, report)
+        if report.trained:
+            await run_in_threadpool(context.trained.push, report.trained)
         return Response(status_code=204)
 
     async def healthz() -> Response:
@@ -174,39 +180,4 @@ def _status_operations(context: ServiceContext, guard: Guard) -> Sequence[Operat
         ),
         Operation(route="GET /healthz", endpoint=healthz, answers={200: ("text/plain",)}),
         Operation(route="GET /readyz", endpoint=readyz, answers={200: ("text/plain",)}, problems=(503,)),
-    )
-
-
-def _run_info(context: ServiceContext, guard: Guard) -> RunInfo:
-    latest = context.weights.latest()
-    return RunInfo(
-        run_id=context.run_id,
-        model_fingerprint=latest.model_fingerprint if latest else None,
-        latest_version=latest.version if latest else -1,
-        limits=Limits(
-            max_body_bytes=context.settings.max_body_bytes,
-            max_group_bytes=context.table_settings.max_group_bytes,
-            capacity_groups=context.table_settings.capacity_groups,
-            capacity_bytes=context.table_settings.capacity_bytes,
-        ),
-        tokens_required=guard.tokens_required,
-    )
-
-
-def _stats(context: ServiceContext, guard: Guard, started_s: float) -> ServiceStats:
-    table = context.table.stats()
-    waiting = {wait.who for wait in table.waits}
-    state = LimiterState.FLOWING
-    if waiting:
-        state = LimiterState.LEARNER_WAITS if "learner" in waiting else LimiterState.ACTORS_WAIT
-    learner, actors = context.presence.read()
-    return ServiceStats(
-        run=_run_info(context, guard),
-        table=table,
-        limiter=LimiterStatus(state=state, settings=context.limiter_settings),
-        weights=context.weights.status(),
-        learner=learner,
-        actors=actors,
-        promises=dict(context.promises()),
-        uptime_s=context.monotonic() - started_s,
     )

@@ -4,6 +4,7 @@
 |---|---|---|---|---|
 | server | requests | answers | callers | stops listening, ends waiting requests, finishes the rest, stops Redis |
 | janitor (janitor.py) | a tick | removals of what is overdue | the clock | nothing |
+| history (history.py) | a tick | a point of the charts | the clock | nothing |
 """
 
 import asyncio
@@ -14,12 +15,13 @@ import socket
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 import redis
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from buffer.errors import InvalidSettings, StoreUnavailable
 from buffer.redis_server import check_promises, connect, redis_server
@@ -27,11 +29,15 @@ from buffer.redis_table import RedisTable
 from buffer.weights.directory_store import DirectoryWeightStore
 from services.address import remove_address, write_address
 from services.context import ServiceContext
+from services.history import RedisHistory, keep_history, observe
 from services.janitor import keep_tidy
 from services.presence import Presence, RedisBoard
 from services.replay_api import create_app
 from services.security import Guard, check_bind
-from services.settings import RunConfig, describe
+from services.settings import RunConfig, log_settings
+from services.stats import service_stats, store_status
+from services.token_text import TokenTextReader
+from services.trained_ring import RedisTrainedRing
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +56,7 @@ def run_service(config: RunConfig) -> None:
     """
     service, directory = config.service, config.run.directory
     check_bind(service.host, service.tokens)
-    log.info("settings\n%s", describe(config))
+    log_settings(config)
     with ExitStack() as stack:
         listener = stack.enter_context(_listener(service.host, service.port))
         _make_directory(directory)
@@ -102,6 +108,10 @@ def _context(config: RunConfig, client: redis.Redis) -> ServiceContext:
         limiter_settings=config.limiter,
         weights=weights,
         presence=Presence(RedisBoard(client, key=f"sw:{{{run_id}:0}}:presence")),
+        history=RedisHistory(client, prefix=f"sw:{{{run_id}:0}}:history:"),
+        trained=RedisTrainedRing(client, prefix=f"sw:{{{run_id}:0}}:trained:"),
+        token_texts=TokenTextReader(config.run.model).texts,
+        store=partial(store_status, client, config.run.directory),
         promises=lambda: promises,
     )
 
@@ -118,7 +128,7 @@ class _Uvicorn(uvicorn.Server):
 class _Server:
     """Uvicorn with our signals: it drains, says so to requests that wait, and returns to its caller."""
 
-    def __init__(self, app: FastAPI, *, context: ServiceContext, redis_client: "redis.Redis | None") -> None:
+    def __init__(self, app: ASGIApp, *, context: ServiceContext, redis_client: "redis.Redis | None") -> None:
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
                 app,
@@ -168,12 +178,15 @@ class _Server:
         on_listening()
         watching = asyncio.create_task(self._watch_redis())
         tick_s = self._context.settings.janitor_tick_s
+        context = self._context
+        remembering = asyncio.create_task(keep_history(context.history, lambda: observe(service_stats(context))))
         tidying = asyncio.create_task(keep_tidy(self._context.table, tick_s=tick_s))
         try:
             await serving
         finally:
             watching.cancel()
             tidying.cancel()
+            remembering.cancel()
 
     async def _watch_redis(self) -> None:
         """End the service when our own Redis has died: nobody else would start it again."""

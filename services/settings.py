@@ -7,6 +7,7 @@ where a text is wanted. Unknown keys are errors.
 
 import difflib
 import json
+import logging
 import threading
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,6 +29,9 @@ from buffer.weights.directory_store import WeightStoreSettings
 from learner.settings import LearnerSettings
 from services.address import read_address
 from services.context import ServiceSettings
+from services.log_lines import LogSettings
+
+log = logging.getLogger(__name__)
 
 PREFIX = "STALEWISE_"
 
@@ -83,6 +87,8 @@ class RunConfig(Settings):
     """The learner."""
     actor: ActorSettings = ActorSettings()
     """Each actor."""
+    log: LogSettings = LogSettings()
+    """What every process writes to stderr."""
     demo: DemoSettings = DemoSettings()
     """The demo."""
 
@@ -117,6 +123,12 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, JsonValue]:
 def describe(config: RunConfig) -> str:
     """Return the resolved settings as lines of `section.field = value`; tokens are masked."""
     return "\n".join(f"{key} = {json.dumps(value)}" for key, value in _leaves(config.model_dump(mode="json"), ()))
+
+
+def log_settings(config: RunConfig) -> None:
+    """Write the resolved settings to the log, one a line."""
+    for line in describe(config).splitlines():
+        log.info("setting %s", line)
 
 
 def connect(config: RunConfig, *, stopping: threading.Event | None = None) -> ServiceClient:

@@ -24,7 +24,7 @@ from buffer.errors import Conflict, CorruptWeights, NotFound, RunMismatch, Store
 from buffer.settings import Settings
 from buffer.types import PolicyVersion
 from buffer.weights.manifest import Manifest
-from buffer.weights.store import WeightsStatus
+from buffer.weights.store import PublishedVersion, WeightsStatus
 
 CHUNK_BYTES = 1 << 20
 
@@ -52,6 +52,7 @@ class DirectoryWeightStore:
         self._blobs = directory / "blobs"
         self._manifests = directory / "manifests"
         self._incoming = directory / "incoming"
+        self._known: dict[PolicyVersion, PublishedVersion] = {}
         with _disk_errors():
             for path in (self._blobs, self._manifests, self._incoming):
                 path.mkdir(parents=True, exist_ok=True)
@@ -147,12 +148,23 @@ class DirectoryWeightStore:
         """Return what is published and how much disk it takes."""
         with self._lock():
             latest = self.latest_version()
+            versions = [version for version in self._stored_versions() if version <= latest]
+            self._known = {version: known for version, known in self._known.items() if version in versions}
             return WeightsStatus(
                 latest_version=latest,
-                versions=[version for version in self._stored_versions() if version <= latest],
+                versions=versions,
+                published=[self._described(version) for version in versions],
                 bytes=sum(entry.stat().st_size for entry in os.scandir(self._blobs)),
                 deleted_total=self._deleted_total(),
             )
+
+    def _described(self, version: PolicyVersion) -> PublishedVersion:
+        """Read a committed manifest once: it never changes, and pollers ask every second."""
+        if version not in self._known:
+            manifest = self.manifest(version)
+            size = sum(payload.size_bytes for payload in manifest.payloads)
+            self._known[version] = PublishedVersion(version=version, created_s=manifest.created_s, bytes=size)
+        return self._known[version]
 
     def _manifest_path(self, version: PolicyVersion) -> Path:
         return self._manifests / f"{version}.json"

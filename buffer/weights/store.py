@@ -7,12 +7,24 @@ from buffer.types import PolicyVersion, Record
 from buffer.weights.manifest import Manifest
 
 
+class PublishedVersion(Record):
+    """A version that is still served."""
+
+    version: PolicyVersion
+    created_s: float
+    """Unix time at publication, by the learner's clock."""
+    bytes: int
+    """Of its payloads."""
+
+
 class WeightsStatus(Record):
     """What is published."""
 
     latest_version: PolicyVersion
     versions: list[PolicyVersion]
     """Versions still served, oldest first."""
+    published: list[PublishedVersion]
+    """The same with what they weigh."""
     bytes: int
     """Stored payload bytes."""
     deleted_total: int

@@ -16,11 +16,14 @@ AGE_BUCKETS = ("foreign", "0", "1_3", "4_15", "16_63", "64_plus")
 
 _FIRST_AGES = (0, 1, 4, 16, 64)
 
+_QUANTILES = {"p01": 0.01, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99}
+
 
 @torch.no_grad()
 def diagnose(tokens: Tokens, loss: Loss) -> dict[str, float]:
     """Return the metrics of one step, named noun/quantity_unit_statistic; a bucket without tokens has none.
 
+    `ratio/p01` ... `ratio/p99`: quantiles over all trained tokens.
     `ratio/mean`, `ratio/age_4_15_mean`: over all trained tokens, and over one bucket; so too variance and max,
     `k1..k3/nats_mean`, `effective_samples/share` and `gate/NAME_closed_share`. `age/age_4_15_tokens_share`;
     `gate/NAME_sequences_kept_share`; `trust_region/...`: acceptance curve and error bounds (acceptance.py);
@@ -58,7 +61,17 @@ def _by_age(tokens: Tokens, gates: Mapping[str, Tensor]) -> dict[str, float]:
     for name, row in zip(AGE_BUCKETS, rows, strict=True):
         metrics |= _bucket_metrics(f"age_{name}_", row, gates=tuple(gates))
         metrics[f"age/age_{name}_tokens_share"] = row[0] / total[0]
-    return metrics | _bucket_metrics("", total, gates=tuple(gates))
+    return metrics | _bucket_metrics("", total, gates=tuple(gates)) | _quantiles(ratio)
+
+
+def _quantiles(ratio: Tensor) -> dict[str, float]:
+    """Nearest ranks of the ratios of all trained tokens."""
+    count = len(ratio)
+    if not count:
+        return {}
+    ranks = torch.tensor([round(share * (count - 1)) for share in _QUANTILES.values()], device=ratio.device)
+    values = ratio.sort().values[ranks].tolist()
+    return {f"ratio/{name}": value for name, value in zip(_QUANTILES, values, strict=True)}
 
 
 def _bucket_metrics(age: str, row: list[float], *, gates: tuple[str, ...]) -> dict[str, float]:

@@ -27,7 +27,7 @@ from buffer.rate_limiter import RateLimiterSettings
 from buffer.table import SampleRequest, TableSettings
 from buffer.types import Group, InsertOutcome
 from buffer.weights.directory_store import DirectoryWeightStore
-from buffer.wire import Heartbeat
+from buffer.wire import Heartbeat, Load
 from tests.actor.publishing import WrongEngine, publish, wait_until
 from tests.factories import RUN_ID, make_group
 
@@ -329,6 +329,7 @@ def test_heartbeats_say_what_the_actor_does_and_the_log_warns_of_long_waits(capl
     pulse = Pulse(
         status=status,
         version=lambda: 4,
+        loads=lambda: (Load(version=4, publish_to_loaded_s=0.5),),
         monitor=listener,
         actor_id="a",
         heartbeat_s=2.0,

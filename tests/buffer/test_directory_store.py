@@ -13,7 +13,7 @@ import pytest
 from buffer.errors import Conflict, CorruptWeights, NotFound, RunMismatch, StalewiseError, StoreUnavailable
 from buffer.weights.directory_store import DirectoryWeightStore, WeightStoreSettings
 from buffer.weights.manifest import Manifest
-from buffer.weights.store import WeightsStatus
+from buffer.weights.store import PublishedVersion, WeightsStatus
 from tests.conftest import Clock
 from tests.factories import make_manifest
 
@@ -103,7 +103,10 @@ def test_retention_keeps_the_newest_versions_and_only_their_payloads(tmp_path: P
     store = DirectoryWeightStore(tmp_path, settings=WeightStoreSettings(keep_versions=2))
     manifests = [publish(store, version) for version in (0, 1, 3, 7)]
 
-    assert store.status() == WeightsStatus(latest_version=7, versions=[3, 7], bytes=24, deleted_total=2)
+    described = [PublishedVersion(version=m.version, created_s=m.created_s, bytes=12) for m in manifests[2:]]
+    assert store.status() == WeightsStatus(
+        latest_version=7, versions=[3, 7], published=described, bytes=24, deleted_total=2
+    )
     kept = {f"blobs/{manifest.payloads[0].sha256}" for manifest in manifests[2:]}
     assert set(files(tmp_path)) == {
         "LATEST",

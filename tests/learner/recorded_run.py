@@ -6,13 +6,14 @@ After update PAUSE_AT it says so and waits to be killed.
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from buffer.table import SampleRequest, TableStats, Wait
+from buffer.trained import TrainedGroup
 from buffer.types import Sample
 from buffer.weights.directory_store import DirectoryWeightStore
 from learner.admission import Admission
@@ -47,7 +48,7 @@ class _Recording:
 class _Pausing:
     pause_at: int | None
 
-    def update(self, progress: Progress, metrics: Mapping[str, float]) -> None:
+    def update(self, progress: Progress, metrics: Mapping[str, float], trained: Sequence[TrainedGroup]) -> None:
         if progress.updates == self.pause_at:
             sys.stdout.write("paused\n")
             sys.stdout.flush()

@@ -3,7 +3,7 @@
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from buffer.errors import InvalidSettings, ServiceUnreachable
 from buffer.memory_table import MemoryTable
 from buffer.rate_limiter import RateLimiterSettings
 from buffer.table import SampleRequest, TableSettings, Wait
+from buffer.trained import TrainedGroup
 from buffer.types import Group, Sample
 from learner.admission import Admission, Refusal
 from learner.checkpoint import Checkpoints
@@ -35,9 +36,11 @@ class _Reporter:
     stop_at_wait: bool = False
     updates: list[tuple[Progress, Mapping[str, float]]] = field(default_factory=list)
     waits: list[Wait] = field(default_factory=list)
+    trained: list[TrainedGroup] = field(default_factory=list)
 
-    def update(self, progress: Progress, metrics: Mapping[str, float]) -> None:
+    def update(self, progress: Progress, metrics: Mapping[str, float], trained: Sequence[TrainedGroup]) -> None:
         self.updates.append((progress, metrics))
+        self.trained.extend(trained)
         if len(self.updates) >= self.stop_after:
             self.stop.set()
 
@@ -168,8 +171,8 @@ def test_groups_that_aged_over_the_gate_while_prefetched_are_dropped_and_counted
     loop = rig.loop()
     original = rig.reporter.update
 
-    def update(progress: Progress, metrics: Mapping[str, float]) -> None:
-        original(progress, metrics)
+    def update(progress: Progress, metrics: Mapping[str, float], trained: Sequence[TrainedGroup]) -> None:
+        original(progress, metrics, trained)
         if progress.updates == 2:
             rig.insert(make_group("fresh", version=2))
 

@@ -19,13 +19,18 @@ from buffer.rate_limiter import RateLimiterSettings
 from buffer.table import ServedTable, TableSettings
 from buffer.types import PolicyVersion
 from buffer.weights.directory_store import DirectoryWeightStore
+from buffer.wire import StoreStatus
 from services.address import read_address
 from services.context import ServiceContext, ServiceSettings
+from services.history import MemoryHistory
 from services.presence import MemoryBoard, Presence
 from services.replay_api import create_app
 from services.security import Guard
+from services.token_text import TokenTextReader
+from services.trained_ring import MemoryTrainedRing
 from tests.factories import PAYLOAD, RUN_ID, make_manifest
 
+DEMO_MODEL = Path(__file__).parents[2] / "models" / "running-sums"
 SERVICE, TABLE, LIMITER = ServiceSettings(), TableSettings(), RateLimiterSettings(min_size=1)
 NO_RETRY = ClientSettings(retry_budget_s=0.0, read_timeout_s=20.0)
 
@@ -47,6 +52,10 @@ def make_context(
         limiter_settings=limiter,
         weights=DirectoryWeightStore(directory / "weights"),
         presence=Presence(MemoryBoard()),
+        history=MemoryHistory(),
+        trained=MemoryTrainedRing(),
+        token_texts=TokenTextReader(DEMO_MODEL).texts,
+        store=lambda: StoreStatus(memory_bytes=1, memory_limit_bytes=0, disk_free_bytes=2, disk_total_bytes=3),
         promises=lambda: {"appendfsync": "never: this is memory"},
     )
 

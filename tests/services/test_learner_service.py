@@ -139,7 +139,7 @@ def test_every_tenth_update_logs_the_thresholds_to_choose_from(
         reporter = ServiceReporter(run_log, client, total_updates=10)
         with caplog.at_level(logging.INFO):
             for updates in (9, 10):
-                reporter.update(Progress(updates, updates), metrics)
+                reporter.update(Progress(updates, updates), metrics, ())
 
     shown = [record.getMessage() for record in caplog.records if "thresholds" in record.getMessage()]
     p50, p70, p90 = (f"{metrics[f'trust_region/max_k2_nats_p{percent}_estimate']:.3g}" for percent in (50, 70, 90))

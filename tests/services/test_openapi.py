@@ -8,9 +8,10 @@ import msgpack
 import pytest
 
 from buffer.types import FinishReason
-from buffer.wire import JSON, MSGPACK, InsertRequest, PartsRequest, decode, encode
+from buffer.wire import JSON, MSGPACK, InsertRequest, LearnerReport, PartsRequest, decode, encode
 from services.security import ACCESS
 from tests.factories import make_group, make_manifest, parts_of
+from tests.services.trained import make_trained
 
 
 @pytest.fixture
@@ -102,6 +103,20 @@ def test_real_responses_are_as_the_schema_says(http: httpx.Client, openapi: dict
     check(openapi, "GET /v1/weights/{version}", http.get("/v1/weights/0"))
     manifest = encode(make_manifest(0), JSON)
     check(openapi, "PUT /v1/weights/{version}", http.put("/v1/weights/0", content=manifest, headers=json_type))
+
+
+def test_what_the_dashboard_reads_is_as_the_schema_says(http: httpx.Client, openapi: dict[str, Any]) -> None:
+    trained = encode(LearnerReport(updates=1, version=1, metrics={}, trained=(make_trained("a"),)), JSON)
+    assert http.post("/v1/learner/metrics", content=trained, headers={"Content-Type": JSON}).status_code == 204
+
+    check(openapi, "GET /metrics", http.get("/metrics"))
+    check(openapi, "GET /v1/trained", http.get("/v1/trained"))
+    check(openapi, "GET /v1/trained/{group_id}", http.get("/v1/trained/a"))
+    check(openapi, "GET /v1/trained/{group_id}", http.get("/v1/trained/absent"))
+    check(openapi, "GET /v1/history", http.get("/v1/history"))
+    texts = http.post("/v1/token_texts", json={"token_ids": [0, 999_999]})
+    check(openapi, "POST /v1/token_texts", texts)
+    assert texts.json() == {"texts": ["<pad>", None]}
 
 
 _BREAKING: tuple[dict[str, object], ...] = ({"schema": 2}, {"groups": []}, {"extra": 1})

@@ -9,6 +9,7 @@ from buffer.redis_server import connect
 from buffer.wire import ActorStatus, Heartbeat, LearnerReport, LearnerStatus
 from services.presence import FORGET_AFTER_S, Board, MemoryBoard, Presence, RedisBoard
 from tests.conftest import Clock
+from tests.services.trained import make_trained
 
 
 @pytest.fixture(params=["memory", "redis"])
@@ -30,16 +31,17 @@ def test_last_message_of_each_is_read_with_its_age_by_any_worker(board: Board, c
     writer, reader = Presence(board, clock=clock), Presence(board, clock=clock)
     assert reader.read() == (None, [])
     report = LearnerReport(updates=5, total_updates=400, version=4, metrics={"reward/mean": 0.5})
+    posted = report.model_copy(update={"trained": (make_trained("g"),)})
 
     writer.heartbeat("b", beat(1))
     writer.heartbeat("learner", beat(2))  # an actor may have any name
     clock.advance(2)
     writer.heartbeat("b", beat(3))
-    writer.report(report)
+    writer.report(posted)
     clock.advance(1)
 
     assert reader.read() == (
-        LearnerStatus(**dict(report), age_s=1.0),
+        LearnerStatus(**report.model_dump(exclude={"trained"}), age_s=1.0),  # groups go to the ring
         [
             ActorStatus(**dict(beat(3)), actor_id="b", age_s=1.0),
             ActorStatus(**dict(beat(2)), actor_id="learner", age_s=3.0),
