@@ -10,7 +10,12 @@ import redis
 
 from buffer.errors import StoreUnavailable
 
-_NAMES = ("insert", "hold", "sample", "advance", "tidy", "browse", "priorities")
+_NAMES = ("insert", "hold", "sample", "advance", "tidy", "browse", "priorities", "pin")
+
+
+def shard_prefix(run_id: str, shard: int) -> str:
+    """Return what all keys of a shard begin with; the braces put them on one node of a cluster."""
+    return f"sw:{{{run_id}:{shard}}}:"
 
 
 class RedisScripts:
@@ -30,9 +35,12 @@ class RedisScripts:
             return []
         digest, source = self._sources[name]
         with store_errors():
-            pipeline = self._client.pipeline(transaction=False)
+            pipeline: Any = self._client.pipeline(transaction=False)
             for call in calls:
-                pipeline.evalsha(digest, 1, self._prefix, self._settings_json, repr(self._clock()), *call)
+                # the method of this name is closed to pipelines on a cluster, although all keys are on one node of it
+                pipeline.execute_command(
+                    "EVALSHA", digest, 1, self._prefix, self._settings_json, repr(self._clock()), *call
+                )
             answers: list[Any] = pipeline.execute(raise_on_error=False)
             unknown = [i for i, answer in enumerate(answers) if isinstance(answer, redis.exceptions.NoScriptError)]
             if unknown:

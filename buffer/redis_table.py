@@ -3,7 +3,6 @@
 import json
 import random
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,13 +12,14 @@ import redis
 from buffer.browsing import GroupPage, GroupQuery, GroupSummary
 from buffer.codec import decode_group, encode_group, encode_trajectory, record_hash
 from buffer.errors import Conflict, InvalidRequest, NotFound
-from buffer.outcomes import Facts, no_fit, outcome_of, refusal, refused_at_sight
+from buffer.outcomes import Facts, no_fit, refusal, refused_at_sight
 from buffer.parts import envelope_bytes, fields_of, group_of, judge_late, limit_bytes, part_result
-from buffer.prompts import PromptCounts, PromptPage, check_page, counts_of, prompt_page
+from buffer.prompts import PromptPage, check_page, counts_of, prompt_page
 from buffer.rate_limiter import Pace, RateLimiterSettings, check_request, check_settings, limiter_error, reuse_mean
-from buffer.redis_scripts import RedisScripts, store_errors
+from buffer.redis_answers import outcomes, prompt_counts, summary_of, waiting
+from buffer.redis_scripts import RedisScripts, shard_prefix, store_errors
 from buffer.selectors import check_weighting, draw_lots, num_fresh, rest_of
-from buffer.staleness import age_updates
+from buffer.sharding import Opening
 from buffer.table import PriorityUpdate, SampleRequest, TableSettings, TableStats, Wait
 from buffer.types import (
     Group,
@@ -30,14 +30,10 @@ from buffer.types import (
     PolicyVersion,
     Sample,
     SampleInfo,
-    Split,
     Trajectory,
 )
-from buffer.waits import FORGET_AFTER_S, Waiting, report
+from buffer.waits import FORGET_AFTER_S, report
 from buffer.weighting import checked_priorities
-
-SHARD = 0
-"""Number of this table among the shards of a run; it is part of every key, so that there can be more than one."""
 
 
 class RedisTable:
@@ -50,6 +46,7 @@ class RedisTable:
         limiter: RateLimiterSettings,
         run_id: str,
         *,
+        shard: int = 0,
         clock: Callable[[], float] = time.time,
         rng: random.Random | None = None,
     ) -> None:
@@ -58,7 +55,7 @@ class RedisTable:
         self._clock, self._rng = clock, rng or random.Random()
         sections = {"table": settings.model_dump(exclude_none=True), "limiter": limiter.model_dump()}
         settings_json = json.dumps(sections | {"forget_wait_s": FORGET_AFTER_S})
-        self._scripts = RedisScripts(client, f"sw:{{{run_id}:{SHARD}}}:", settings_json, self._clock)
+        self._scripts = RedisScripts(client, shard_prefix(run_id, shard), settings_json, self._clock)
 
     def insert(self, groups: Sequence[Group]) -> list[InsertResult]:
         """Store each group or say why not; see ReplayTable."""
@@ -89,18 +86,27 @@ class RedisTable:
         """Hand out a draw, or [] while it must wait; see ReplayTable. Raises Conflict for a reused request_id."""
         check_request(request, self._limiter)
         check_weighting(request.selector, self._settings.weighting)
-        arguments = self._sample_arguments(request)
-        code, *rest = self._scripts.run("sample", [arguments])[0]
-        while code == b"again":
-            code, *rest = self._scripts.run("sample", [arguments])[0]
-        if code == b"drawn":
-            return [self._sample(*entry) for entry in rest]
-        if code == b"conflict":
-            raise Conflict(f"request_id {request.request_id!r} was used for another draw", hint="use a new request_id")
-        if code == b"no_fit":
-            wanted_fresh = num_fresh(request.selector, request.num_groups)
-            raise InvalidRequest(no_fit(request.num_groups, wanted_fresh, *map(int, rest)))
-        return []
+        code, rest = self._run_sample(request, "draw")
+        if code == "no_fit":
+            raise self._no_fit(request, rest)
+        return [self._sample(*entry) for entry in rest] if code == "drawn" else []
+
+    def look(self, request: SampleRequest) -> Opening | None:
+        """Say what a draw could choose from now, None while it must wait; see Shard."""
+        code, rest = self._run_sample(request, "look")
+        if code == "no_fit":
+            raise self._no_fit(request, rest)
+        return Opening(float(rest[0]), float(rest[1])) if code == "open" else None
+
+    def draw_or_leave(self, request: SampleRequest) -> list[Sample] | None:
+        """Hand out a draw, or never make it here; see Shard."""
+        code, rest = self._run_sample(request, "leave")
+        return [self._sample(*entry) for entry in rest] if code == "drawn" else None
+
+    def pin(self, request_id: str, *, known: str = "", choice: str = "") -> str:
+        """Settle which shard makes a draw, the same for all who ask; see Shard."""
+        settled: bytes = self._scripts.run("pin", [[request_id, known, choice]])[0]
+        return settled.decode()
 
     def advance_version(self, version: PolicyVersion) -> None:
         """Record the latest published version; see ReplayTable."""
@@ -122,7 +128,7 @@ class RedisTable:
             ids: Any = self._client.zrangebylex(self._scripts.key("prompt_ids"), after, "+", 0, limit + 1)
             counts: Any = self._client.hmget(self._scripts.key("prompts"), ids) if ids else []
         known = zip(ids, counts, strict=True)
-        return prompt_page([_prompt_counts(raw).stats(name.decode()) for name, raw in known if raw is not None], limit)
+        return prompt_page([prompt_counts(raw).stats(name.decode()) for name, raw in known if raw is not None], limit)
 
     def get(self, group_id: str) -> Group:
         """Return a stored group. Raises NotFound."""
@@ -139,7 +145,7 @@ class RedisTable:
         latest, *entries = self._scripts.run("browse", [[json.dumps(walk)]])[0]
         if not entries:
             raise _not_stored(group_id)
-        return _summary(entries[0], int(latest))
+        return summary_of(entries[0], int(latest))
 
     def browse(self, query: GroupQuery) -> GroupPage:
         """Return one page of summaries; see ReplayTable."""
@@ -151,7 +157,7 @@ class RedisTable:
         walk = {"indexes": indexes, "limit": query.limit, "oldest_first": query.oldest_first}
         walk |= {"cursor": query.cursor} if query.cursor is not None else {}
         latest, *entries = self._scripts.run("browse", [[json.dumps(walk)]])[0]
-        summaries = [_summary(entry, int(latest)) for entry in entries[: query.limit]]
+        summaries = [summary_of(entry, int(latest)) for entry in entries[: query.limit]]
         cursor = str(summaries[-1].sequence) if len(entries) > len(summaries) else None
         return GroupPage(groups=summaries, cursor=cursor)
 
@@ -203,8 +209,8 @@ class RedisTable:
             inserted_total=counts["inserted"],
             sampled_total=counts["sampled"],
             reuse_mean=reuse_mean(pace),
-            outcomes=_outcomes(fields, "result:"),
-            part_outcomes=_outcomes(fields, "part:"),
+            outcomes=outcomes(fields, "result:"),
+            part_outcomes=outcomes(fields, "part:"),
             num_partial_groups=num_open + num_sealed,
             partial_bytes=counts["partial_bytes"],
             removed=removed,
@@ -241,7 +247,7 @@ class RedisTable:
         return [json.dumps(facts), record, self._lot()]
 
     def _waits(self, fields: dict[str, str], pace: Pace) -> list[Wait]:
-        learner, actors = _waiting(fields, "learner"), _waiting(fields, "actors")
+        learner, actors = waiting(fields, "learner"), waiting(fields, "actors")
         return report(learner, actors, limiter=self._limiter, pace=pace, now_s=self._clock())
 
     def _count(self, counter: str, number: int = 1) -> None:
@@ -296,7 +302,21 @@ class RedisTable:
             group, *_answer(self._scripts.run("insert", [self._insert_arguments(group, record, sealed=True)])[0])
         )
 
-    def _sample_arguments(self, request: SampleRequest) -> list[str | bytes]:
+    def _run_sample(self, request: SampleRequest, mode: str) -> tuple[str, list[Any]]:
+        """Return what sample.lua answers, once it has nothing left to do first. Raises Conflict."""
+        arguments = self._sample_arguments(request, mode)
+        code, *rest = self._scripts.run("sample", [arguments])[0]
+        while code == b"again":
+            code, *rest = self._scripts.run("sample", [arguments])[0]
+        if code == b"conflict":
+            raise Conflict(f"request_id {request.request_id!r} was used for another draw", hint="use a new request_id")
+        return code.decode(), rest
+
+    def _no_fit(self, request: SampleRequest, facts: list[bytes]) -> InvalidRequest:
+        wanted_fresh = num_fresh(request.selector, request.num_groups)
+        return InvalidRequest(no_fit(request.num_groups, wanted_fresh, *map(int, facts)))
+
+    def _sample_arguments(self, request: SampleRequest, mode: str) -> list[str | bytes]:
         selector = request.selector
         draw = {
             "request_id": request.request_id,
@@ -304,8 +324,9 @@ class RedisTable:
             "num_fresh": num_fresh(selector, request.num_groups),
             "learner_version": str(request.learner_version),
             "rest": rest_of(selector).kind,
+            "mode": mode,
         }
-        lots: bytes = msgpack.packb(draw_lots(selector, request.num_groups, self._rng))
+        lots: bytes = msgpack.packb([] if mode == "look" else draw_lots(selector, request.num_groups, self._rng))
         return [json.dumps(draw), request.model_dump_json(), lots]
 
     def _sample(self, body: bytes, uses: bytes, age: bytes, probability: bytes) -> Sample:
@@ -321,11 +342,6 @@ class RedisTable:
 _COUNTERS = ["bytes", "partial_bytes", "tokens", "foreign", "inserted", "sampled", "trajectories"]
 _COUNTERS += ["forgotten_ids", "forgotten_prompts", "weights_left_behind", "wanted_fresh", "no_room"]
 """Integer fields of the hash `stats`; see common.lua."""
-
-
-def _prompt_counts(packed: bytes) -> PromptCounts:
-    seen, solved, reward_sum, last_version = msgpack.unpackb(packed)
-    return PromptCounts(seen, solved, float(reward_sum), None if last_version == "" else last_version)
 
 
 def _version_facts(tokens: Group | Trajectory) -> dict[str, Any]:
@@ -347,40 +363,3 @@ def _answer(answer: list[bytes]) -> tuple[str, Facts]:
 
 def _not_stored(group_id: str) -> NotFound:
     return NotFound(f"group {group_id!r} is not stored", hint="it may have been removed since")
-
-
-def _summary(entry: list[Any], latest: PolicyVersion) -> GroupSummary:
-    """Read one entry of browse.lua."""
-    sequence, group_id, prompt_id, split, inserted_s, version, uses, trajectories, tokens, size_bytes, reward_sum = (
-        entry
-    )
-    oldest = int(version) if version else None
-    return GroupSummary(
-        sequence=int(sequence),
-        group_id=group_id.decode(),
-        prompt_id=prompt_id.decode(),
-        split=Split(split.decode()),
-        inserted_s=float(inserted_s),
-        oldest_version=oldest,
-        age_updates=age_updates(latest, oldest),
-        times_sampled=int(uses),
-        num_trajectories=int(trajectories),
-        num_response_tokens=int(tokens),
-        bytes=int(size_bytes),
-        mean_reward=float(reward_sum) / int(trajectories),
-    )
-
-
-def _outcomes(fields: dict[str, str], prefix: str) -> dict[str, int]:
-    outcomes: Counter[str] = Counter()
-    for name, number in fields.items():
-        if name.startswith(prefix):
-            outcomes[outcome_of(name.removeprefix(prefix)).value] += int(number)
-    return dict(outcomes)
-
-
-def _waiting(fields: dict[str, str], who: str) -> Waiting | None:
-    code = fields.get(f"{who}_wait_code")
-    if code is None:
-        return None
-    return Waiting(code, float(fields[f"{who}_wait_since_s"]), float(fields[f"{who}_wait_last_s"]))

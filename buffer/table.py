@@ -21,6 +21,9 @@ class TableSettings(Settings):
     oldest first."""
     capacity_bytes: Annotated[int, Field(ge=1)] = 4 << 30
     """Bytes of encoded groups kept at most; 4 GiB fits a laptop."""
+    shards: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Independent tables that the groups of a run are spread over by their ids, so that a Redis Cluster can share the
+    load. Every limit of [table] and [limiter] is that of one shard. Fixed for the life of a run."""
     max_group_bytes: Annotated[int, Field(ge=1)] = 64 << 20
     """Largest encoded group; a larger one is `oversize`."""
     max_age_updates: Annotated[int, Field(ge=0)] | None = None

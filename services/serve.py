@@ -24,8 +24,9 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from buffer.errors import InvalidSettings, StoreUnavailable
+from buffer.redis_scripts import shard_prefix
 from buffer.redis_server import check_promises, connect, redis_server
-from buffer.redis_table import RedisTable
+from buffer.redis_shards import claim_shards, open_table
 from buffer.weights.directory_store import DirectoryWeightStore
 from services.address import remove_address, write_address
 from services.context import ServiceContext
@@ -90,7 +91,8 @@ def _make_directory(directory: Path) -> None:
 def _context(config: RunConfig, client: redis.Redis) -> ServiceContext:
     run_id = config.run.name
     promises = check_promises(client, config.redis)
-    table = RedisTable(client, config.table, config.limiter, run_id)
+    claim_shards(client, config.table.shards, run_id)
+    table = open_table(client, config.table, config.limiter, run_id)
     weights = DirectoryWeightStore(config.run.directory / "weights", settings=config.weights)
     latest = weights.latest()
     if latest is not None:
@@ -100,6 +102,7 @@ def _context(config: RunConfig, client: redis.Redis) -> ServiceContext:
                 hint="set run.name or run.runs_dir",
             )
         table.advance_version(latest.version)  # a service that died between manifest and table
+    first = shard_prefix(run_id, 0)
     return ServiceContext(
         run_id=run_id,
         settings=config.service,
@@ -107,9 +110,9 @@ def _context(config: RunConfig, client: redis.Redis) -> ServiceContext:
         table_settings=config.table,
         limiter_settings=config.limiter,
         weights=weights,
-        presence=Presence(RedisBoard(client, key=f"sw:{{{run_id}:0}}:presence")),
-        history=RedisHistory(client, prefix=f"sw:{{{run_id}:0}}:history:"),
-        trained=RedisTrainedRing(client, prefix=f"sw:{{{run_id}:0}}:trained:"),
+        presence=Presence(RedisBoard(client, key=first + "presence")),
+        history=RedisHistory(client, prefix=first + "history:"),
+        trained=RedisTrainedRing(client, prefix=first + "trained:"),
         token_texts=TokenTextReader(config.run.model).texts,
         store=partial(store_status, client, config.run.directory),
         promises=lambda: promises,

@@ -35,8 +35,8 @@ def run_info(context: ServiceContext) -> RunInfo:
         limits=Limits(
             max_body_bytes=context.settings.max_body_bytes,
             max_group_bytes=context.table_settings.max_group_bytes,
-            capacity_groups=context.table_settings.capacity_groups,
-            capacity_bytes=context.table_settings.capacity_bytes,
+            capacity_groups=context.table_settings.capacity_groups * context.table_settings.shards,
+            capacity_bytes=context.table_settings.capacity_bytes * context.table_settings.shards,
         ),
         tokens_required=any(context.settings.tokens.by_role().values()),
     )

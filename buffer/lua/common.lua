@@ -52,7 +52,11 @@
 --                        t:<trajectory_id> = encoded trajectory
 -- presence       hash    no script reads it; services/presence.py keeps the last heartbeat of each actor and the learner's
 --                        last report there, as JSON by name
--- draw:<request> string  cmsgpack {request, time in seconds, list of {sequence, uses, age, probability}}, expires
+-- draw:<request> string  cmsgpack {request, time in seconds, list of {sequence, uses, age, probability}}, expires; in place
+--                        of the list 'left', where another shard makes the draw
+-- pin:<request>  string  `<number of the shard that makes the draw> <share of its weight>`, in the shard that the
+--                        request id hashes to, where there are several; expires
+-- shards         string  number of shards of the run; shard 0 alone has it
 
 local prefix = KEYS[1]
 local settings = cjson.decode(ARGV[1])

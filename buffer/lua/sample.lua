@@ -1,10 +1,13 @@
 -- Hand out exactly n distinct groups, or say why the draw must wait. The schema is in common.lua.
 --
--- ARGV[3] JSON {request_id, num_groups, num_fresh, learner_version (decimal string), rest (selectors.rest_of)}
+-- ARGV[3] JSON {request_id, num_groups, num_fresh, learner_version (decimal string), rest (selectors.rest_of), mode}; mode
+--         `draw`; `look` = only say whether a draw could go on; `leave` = a draw that would have to wait is never made
+--         here, under this request_id
 -- ARGV[4] the request as one string: a repeat must be equal to the draw that it repeats
 -- ARGV[5] cmsgpack list of the random numbers of selectors.draw_lots
 -- Returns {'drawn', {body, uses, age, probability}...} with the numbers as strings, age '' for data without a version;
 --         {'again'} when more overdue groups must be removed, or other work done, first; {'conflict'} for a reused request_id;
+--         {'open', weight, reference} to a look: the weight that it may choose from is weight x 2 ^ reference; {'left'};
 --         {<code of rate_limiter.draw_blocked>, stored, stored fresh, eligible}.
 
 local request = cjson.decode(ARGV[3])
@@ -199,6 +202,11 @@ local function hand_out(chosen, clock)
   return drawn
 end
 
+local function remember_draw(drawn)
+  local window_ms = math.ceil(1000 * settings.table.repeat_window_s)
+  redis.call('SET', draw_key, cmsgpack.pack({ ARGV[4], now, drawn }), 'PX', window_ms)
+end
+
 local function draw(clock)
   local chosen = selectors[request.rest](first('ZRANGE', 'fresh', request.num_fresh))
   local drawn, reply = hand_out(chosen, clock), { 'drawn' }
@@ -209,8 +217,7 @@ local function draw(clock)
       remove(entry[1], 'reuse')
     end
   end
-  local window_ms = math.ceil(1000 * settings.table.repeat_window_s)
-  redis.call('SET', draw_key, cmsgpack.pack({ ARGV[4], now, drawn }), 'PX', window_ms)
+  remember_draw(drawn)
   return reply
 end
 
@@ -223,9 +230,20 @@ local function remembered_draw()
   return nil
 end
 
+-- What a draw may choose from: a count where all weigh alike.
+local function open(pace, eligible)
+  if request.rest == 'weighted' and not is_rank then
+    return { 'open', number(line.total), number(line.reference) }
+  end
+  return { 'open', integer(request.rest == 'fresh' and pace.fresh or eligible), '0' }
+end
+
 local remembered = remembered_draw()
 if remembered then
-  return remembered[1] == ARGV[4] and bodies(remembered[3]) or { 'conflict' }
+  if remembered[1] ~= ARGV[4] then
+    return { 'conflict' }
+  end
+  return remembered[3] == 'left' and { 'left' } or bodies(remembered[3])
 end
 work_in_full_memory()
 local clock = math.max(tonumber(request.learner_version), latest_version())
@@ -235,7 +253,9 @@ end
 local pace = read_pace()
 local eligible = request.rest == 'weighted' and redis.call('ZCARD', key('weighted')) or pace.sampleable
 local code = blocked(pace, eligible)
-if not code then
+if not code and request.mode == 'look' then
+  return open(pace, eligible)
+elseif not code then
   end_wait('learner')
   redis.call('HDEL', key('stats'), 'wanted_fresh', 'no_room')
   return draw(clock)
@@ -246,5 +266,9 @@ end
 if code == 'fresh' or code == 'weight' then -- rate_limiter.fresh_needed
   local wanted = math.max(request.num_fresh, pace.fresh + request.num_groups - eligible)
   redis.call('HSET', key('stats'), 'wanted_fresh', wanted)
+end
+if request.mode == 'leave' then
+  remember_draw('left')
+  return { 'left' }
 end
 return { code, integer(pace.sampleable), integer(pace.fresh), integer(eligible) }

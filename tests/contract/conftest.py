@@ -1,4 +1,8 @@
-"""One suite for every table: in memory, on a real Redis, and behind the HTTP service on a real socket."""
+"""One suite for every table: in memory, on a real Redis, one of several shards, and behind HTTP on a real socket.
+
+The promises of a sharded table are those of each shard, so here all ids lie in one of three; what it is to have groups
+in all of them is in tests/buffer/test_sharded_table.py.
+"""
 
 import itertools
 import random
@@ -15,6 +19,7 @@ from buffer.memory_table import MemoryTable
 from buffer.rate_limiter import RateLimiterSettings
 from buffer.redis_server import connect
 from buffer.redis_table import RedisTable
+from buffer.sharded_table import ShardedTable
 from buffer.table import ServedTable, TableSettings
 from tests.conftest import Clock
 from tests.factories import RUN_ID
@@ -55,10 +60,19 @@ class MakeTable:
         if self._client is None:
             return MemoryTable(settings, limiter, RUN_ID, clock=self._clock, rng=rng)
         self._client.flushdb()
-        return RedisTable(self._client, settings, limiter, RUN_ID, clock=self._clock, rng=rng)
+        shards = [
+            RedisTable(self._client, settings, limiter, RUN_ID, shard=shard, clock=self._clock, rng=rng)
+            for shard in range(3 if self._kind == "sharded" else 1)
+        ]
+        return ShardedTable(shards, settings, limiter, rng=rng, place=one_of) if len(shards) > 1 else shards[0]
 
 
-@pytest.fixture(params=["memory", "redis", "http"])
+def one_of(name: str, num_shards: int) -> int:
+    """Place everything into one shard that is neither the first nor the last."""
+    return num_shards // 2
+
+
+@pytest.fixture(params=["memory", "redis", "sharded", "http"])
 def make_table(request: pytest.FixtureRequest, clock: Clock, tmp_path: Path) -> Iterator[TableFactory]:
     """Return a function that makes an empty table; the table behind HTTP is one on Redis."""
     kind: str = request.param
