@@ -21,11 +21,11 @@ from buffer.wire import (
     InsertResponse,
     PartsRequest,
     PartsResponse,
-    SampleResponse,
     StoredGroup,
     TimedSampleRequest,
     encode,
     parse,
+    read_samples,
 )
 
 __all__ = ["ClientSettings", "HttpTable", "HttpWeightStore", "ServiceClient", "Submission"]
@@ -123,7 +123,7 @@ class HttpTable:
             accept=MSGPACK,
             wait_s=timeout_s,
         )
-        return parse(SampleResponse, body_of(response)).samples
+        return read_samples(body_of(response))
 
     def advance_version(self, version: PolicyVersion) -> None:
         """Check that the service has reached `version`: it advances by itself when weights are published."""

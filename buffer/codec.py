@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgpack
+import numpy.typing as npt
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from buffer.errors import InvalidRecord, Oversize
+from buffer.quick import intact_group, valid_group
 from buffer.types import SCHEMA, Group, Part, Record, Trajectory
 
 C = TypeVar("C", list[Any], dict[str, Any])
@@ -25,41 +27,94 @@ _BYTES_PER_CONTAINER = 16
 _SHOWN_CHARACTERS = 60
 
 
+_GROUP_PREFIX: bytes = msgpack.packb({"schema": SCHEMA, "group": None})[:-1]
+
+
 def encode_group(group: Group) -> bytes:
     """Return the canonical record: equal groups give equal bytes, whichever way they were submitted."""
-    record = group.model_dump()
-    for trajectory in record["trajectories"]:
-        trajectory["columns"] = dict(sorted(trajectory["columns"].items()))
+    record = {
+        "run_id": group.run_id,
+        "group_id": group.group_id,
+        "prompt_id": group.prompt_id,
+        "split": group.split,
+        "trajectories": [_trajectory_record(trajectory) for trajectory in group.trajectories],
+    }
     packed: bytes = msgpack.packb({"schema": SCHEMA, "group": record})
     return packed
 
 
 def encode_trajectory(trajectory: Trajectory) -> bytes:
     """Return the canonical record of one trajectory, as it stands within that of its group."""
-    record = trajectory.model_dump()
-    record["columns"] = dict(sorted(record["columns"].items()))
-    packed: bytes = msgpack.packb(record)
+    packed: bytes = msgpack.packb(_trajectory_record(trajectory))
     return packed
 
 
+def _trajectory_record(trajectory: Trajectory) -> dict[str, object]:
+    """Return what `model_dump` does, in the order of the fields, with columns in the order of their names."""
+    sampling = trajectory.sampling
+    return {
+        "trajectory_id": trajectory.trajectory_id,
+        "prompt_ids": trajectory.prompt_ids.data,
+        "response_ids": trajectory.response_ids.data,
+        "response_mask": trajectory.response_mask.data,
+        "behavior_logprobs": trajectory.behavior_logprobs.data,
+        "spans": [{"start": span.start, "end": span.end, "version": span.version} for span in trajectory.spans],
+        "sampling": {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
+        },
+        "reward": trajectory.reward,
+        "finish_reason": trajectory.finish_reason,
+        "token_rewards": _bytes_of(trajectory.token_rewards),
+        "episode_id": trajectory.episode_id,
+        "kept_token_ids": _bytes_of(trajectory.kept_token_ids),
+        "kept_token_counts": _bytes_of(trajectory.kept_token_counts),
+        "distribution_logprobs": _bytes_of(trajectory.distribution_logprobs),
+        "columns": {name: column.data for name, column in sorted(trajectory.columns.items())},
+    }
+
+
+def _bytes_of(array: npt.NDArray[Any] | None) -> memoryview | None:
+    return None if array is None else array.data
+
+
 def content_hash(group: Group) -> str:
-    """Return blake2b-128 of the canonical record in hex: the identity of what a group says."""
+    """Return the first 128 bits of the SHA-256 of the canonical record in hex: the identity of what a group says."""
     return record_hash(encode_group(group))
 
 
 def record_hash(record: bytes) -> str:
     """Return the content hash of a group that is already encoded."""
-    return hashlib.blake2b(record, digest_size=16).hexdigest()
+    return hashlib.sha256(record).hexdigest()[:32]
 
 
 def decode_group(data: bytes, *, max_bytes: int) -> Group:
     """Read one encoded group. Raises Oversize before decoding, InvalidRecord for everything that is not a group."""
-    envelope = unpack(data, max_bytes=max_bytes)
+    return group_from_record(_record_in(unpack(data, max_bytes=max_bytes)))
+
+
+def read_group(data: bytes) -> Group:
+    """Read a group that a table validated and encoded, without validating it again. Raises InvalidRecord if damaged."""
+    try:
+        envelope: object = msgpack.unpackb(data)
+    except (ValueError, msgpack.UnpackException) as error:
+        raise InvalidRecord(f"not a msgpack message: {error or type(error).__name__}") from error
+    return intact_group_from_record(_record_in(envelope))
+
+
+def _record_in(envelope: object) -> object:
     if not isinstance(envelope, dict) or set(envelope) != {"schema", "group"}:
         raise InvalidRecord("an encoded group is a map of `schema` and `group`")
     if envelope["schema"] != SCHEMA:
         raise InvalidRecord(f"the record has schema {_shown(envelope['schema'])}, this build reads {SCHEMA}")
-    return group_from_record(envelope["group"])
+    return envelope["group"]
+
+
+def bare_record(data: bytes) -> memoryview:
+    """Return the bytes of the group alone, as it stands in an answer, of one that `encode_group` encoded."""
+    return memoryview(data)[len(_GROUP_PREFIX) :]
 
 
 def unpack(data: bytes, *, max_bytes: int) -> object:
@@ -99,7 +154,12 @@ class _ContainerBudget:
 
 def group_from_record(record: object) -> Group:
     """Validate a decoded record. Raises InvalidRecord with one sentence: which field, what is wrong, the value seen."""
-    return _validated(Group, record)
+    return valid_group(record) or _validated(Group, record)
+
+
+def intact_group_from_record(record: object) -> Group:
+    """Read a decoded record that a table validated before. Raises InvalidRecord if it is damaged."""
+    return intact_group(record) or _validated(Group, record)
 
 
 def part_from_record(record: object) -> Part:

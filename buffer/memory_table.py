@@ -4,10 +4,11 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from buffer.browsing import GroupPage, GroupQuery, GroupSummary
 from buffer.codec import encode_group, encode_trajectory, record_hash
+from buffer.encoded import EncodedSample
 from buffer.errors import InvalidRequest, NotFound
 from buffer.memory_entry import Entry, page_of
 from buffer.memory_shelf import Shelf
@@ -98,6 +99,11 @@ class MemoryTable:
                     self._wanted_fresh = fresh_needed(pace, num_groups, wanted_fresh, num_eligible=eligible)
                 return []
             return self._draw(request, lots, now_s)
+
+    def sample_encoded(self, request: SampleRequest) -> Iterator[list[EncodedSample]]:
+        """Draw, and encode what was drawn; see ServedTable."""
+        if samples := self.sample(request):
+            yield [EncodedSample(encode_group(sample.group), **dict(sample.info)) for sample in samples]
 
     def advance_version(self, version: PolicyVersion) -> None:
         """Record the latest published version; see ReplayTable."""

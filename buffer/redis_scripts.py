@@ -1,11 +1,12 @@
 """The Lua scripts of one table shard and its keys: how they are run, and what their failures mean."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from typing import Any
 
+import msgpack
 import redis
 
 from buffer.errors import StoreUnavailable
@@ -21,8 +22,11 @@ def shard_prefix(run_id: str, shard: int) -> str:
 class RedisScripts:
     """Runs scripts on the keys below `prefix`, with the settings and the time that each of them reads."""
 
-    def __init__(self, client: redis.Redis, prefix: str, settings_json: str, clock: Callable[[], float]) -> None:
-        self._client, self._prefix, self._settings_json, self._clock = client, prefix, settings_json, clock
+    def __init__(
+        self, client: redis.Redis, prefix: str, settings: Mapping[str, object], clock: Callable[[], float]
+    ) -> None:
+        self._client, self._prefix, self._clock = client, prefix, clock
+        self._settings: bytes = msgpack.packb(settings)
         self._sources = {name: _script(name) for name in _NAMES}
 
     def key(self, name: str) -> str:
@@ -38,9 +42,7 @@ class RedisScripts:
             pipeline: Any = self._client.pipeline(transaction=False)
             for call in calls:
                 # the method of this name is closed to pipelines on a cluster, although all keys are on one node of it
-                pipeline.execute_command(
-                    "EVALSHA", digest, 1, self._prefix, self._settings_json, repr(self._clock()), *call
-                )
+                pipeline.execute_command("EVALSHA", digest, 1, self._prefix, self._settings, repr(self._clock()), *call)
             answers: list[Any] = pipeline.execute(raise_on_error=False)
             unknown = [i for i, answer in enumerate(answers) if isinstance(answer, redis.exceptions.NoScriptError)]
             if unknown:
@@ -56,7 +58,7 @@ class RedisScripts:
 def _script(name: str) -> tuple[str, str]:
     """Return the SHA-1 and the source of a script; Redis cannot include one file in another, so we join them."""
     folder = files("buffer") / "lua"
-    source = "".join((folder / f"{part}.lua").read_text() for part in ("common", "weighting", name))
+    source = "".join((folder / f"{part}.lua").read_text() for part in ("common", "weighting", name, "finish"))
     return hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest(), source
 
 

@@ -1,26 +1,27 @@
 """The replay table on Redis: every invariant is one Lua script of buffer/lua, whose common.lua is the key schema."""
 
-import json
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import msgpack
 import redis
 
 from buffer.browsing import GroupPage, GroupQuery, GroupSummary
-from buffer.codec import decode_group, encode_group, encode_trajectory, record_hash
-from buffer.errors import Conflict, InvalidRequest, NotFound
+from buffer.codec import encode_group, encode_trajectory, read_group, record_hash
+from buffer.encoded import EncodedSample
+from buffer.errors import Conflict, InvalidRequest, NotFound, StoreUnavailable
 from buffer.outcomes import Facts, no_fit, refusal, refused_at_sight
 from buffer.parts import envelope_bytes, fields_of, group_of, judge_late, limit_bytes, part_result
 from buffer.prompts import PromptPage, check_page, counts_of, prompt_page
-from buffer.rate_limiter import Pace, RateLimiterSettings, check_request, check_settings, limiter_error, reuse_mean
-from buffer.redis_answers import outcomes, prompt_counts, summary_of, waiting
+from buffer.rate_limiter import RateLimiterSettings, check_request, check_settings
+from buffer.redis_answers import DrawnEntry, chunks_of, prompt_counts_of, stats_of, summary_of
 from buffer.redis_scripts import RedisScripts, shard_prefix, store_errors
 from buffer.selectors import check_weighting, draw_lots, num_fresh, rest_of
 from buffer.sharding import Opening
-from buffer.table import PriorityUpdate, SampleRequest, TableSettings, TableStats, Wait
+from buffer.table import PriorityUpdate, SampleRequest, TableSettings, TableStats
 from buffer.types import (
     Group,
     InsertOutcome,
@@ -29,11 +30,16 @@ from buffer.types import (
     PartResult,
     PolicyVersion,
     Sample,
-    SampleInfo,
     Trajectory,
 )
-from buffer.waits import FORGET_AFTER_S, report
+from buffer.waits import FORGET_AFTER_S
 from buffer.weighting import checked_priorities
+
+_INSERT_CHUNK_BYTES = 4 << 20
+"""Encoded groups that one script inserts, about: 5 ms in which Redis serves nobody else."""
+
+READ_CHUNK_BYTES = 8 << 20
+"""Encoded groups read at once: larger replies are slower per byte, and their reader holds two."""
 
 
 class RedisTable:
@@ -54,13 +60,13 @@ class RedisTable:
         self._client, self._settings, self._limiter, self._run_id = client, settings, limiter, run_id
         self._clock, self._rng = clock, rng or random.Random()
         sections = {"table": settings.model_dump(exclude_none=True), "limiter": limiter.model_dump()}
-        settings_json = json.dumps(sections | {"forget_wait_s": FORGET_AFTER_S})
-        self._scripts = RedisScripts(client, shard_prefix(run_id, shard), settings_json, self._clock)
+        given = sections | {"forget_wait_s": FORGET_AFTER_S}
+        self._scripts = RedisScripts(client, shard_prefix(run_id, shard), given, self._clock)
 
     def insert(self, groups: Sequence[Group]) -> list[InsertResult]:
         """Store each group or say why not; see ReplayTable."""
         results: list[InsertResult | None] = []
-        calls: list[list[str | bytes]] = []
+        submitted: list[tuple[dict[str, Any], bytes]] = []
         for group in groups:
             record = encode_group(group)
             refused = refused_at_sight(group, len(record), self._settings, self._run_id)
@@ -68,11 +74,11 @@ class RedisTable:
                 self._count(f"result:{refused[0]}")
                 results.append(_insert_result(group, *refused))
             else:
-                calls.append(self._insert_arguments(group, record))
+                submitted.append((self._facts_for_insert(group, record), record))
                 results.append(None)
-        answers = iter(self._scripts.run("insert", calls))
+        answers = iter(self._run_insert(submitted))
         return [
-            result if result is not None else _insert_result(group, *_answer(next(answers)))
+            result if result is not None else _insert_result(group, *next(answers))
             for group, result in zip(groups, results, strict=True)
         ]
 
@@ -84,12 +90,16 @@ class RedisTable:
 
     def sample(self, request: SampleRequest) -> list[Sample]:
         """Hand out a draw, or [] while it must wait; see ReplayTable. Raises Conflict for a reused request_id."""
+        return [sample.decoded() for samples in self.sample_encoded(request) for sample in samples]
+
+    def sample_encoded(self, request: SampleRequest) -> Iterator[list[EncodedSample]]:
+        """Draw at once, and read the groups as they are asked for; see ServedTable."""
         check_request(request, self._limiter)
         check_weighting(request.selector, self._settings.weighting)
         code, rest = self._run_sample(request, "draw")
         if code == "no_fit":
             raise self._no_fit(request, rest)
-        return [self._sample(*entry) for entry in rest] if code == "drawn" else []
+        return self._with_bodies(rest[0]) if code == "drawn" else iter(())
 
     def look(self, request: SampleRequest) -> Opening | None:
         """Say what a draw could choose from now, None while it must wait; see Shard."""
@@ -98,10 +108,10 @@ class RedisTable:
             raise self._no_fit(request, rest)
         return Opening(float(rest[0]), float(rest[1])) if code == "open" else None
 
-    def draw_or_leave(self, request: SampleRequest) -> list[Sample] | None:
+    def draw_or_leave(self, request: SampleRequest) -> Iterator[list[EncodedSample]] | None:
         """Hand out a draw, or never make it here; see Shard."""
         code, rest = self._run_sample(request, "leave")
-        return [self._sample(*entry) for entry in rest] if code == "drawn" else None
+        return self._with_bodies(rest[0]) if code == "drawn" else None
 
     def pin(self, request_id: str, *, known: str = "", choice: str = "") -> str:
         """Settle which shard makes a draw, the same for all who ask; see Shard."""
@@ -116,7 +126,7 @@ class RedisTable:
     def update_priorities(self, priorities: Mapping[str, float]) -> PriorityUpdate:
         """Give groups new priorities; see ReplayTable."""
         numbers = checked_priorities(self._settings.weighting, priorities)
-        entries: bytes = msgpack.packb([(group_id, repr(number), self._lot()) for group_id, number in numbers.items()])
+        entries: bytes = msgpack.packb([(group_id, number, self._lot()) for group_id, number in numbers.items()])
         updated = int(self._scripts.run("priorities", [[entries]])[0])
         return PriorityUpdate(updated=updated, unknown=len(numbers) - updated)
 
@@ -128,24 +138,25 @@ class RedisTable:
             ids: Any = self._client.zrangebylex(self._scripts.key("prompt_ids"), after, "+", 0, limit + 1)
             counts: Any = self._client.hmget(self._scripts.key("prompts"), ids) if ids else []
         known = zip(ids, counts, strict=True)
-        return prompt_page([prompt_counts(raw).stats(name.decode()) for name, raw in known if raw is not None], limit)
+        return prompt_page(
+            [prompt_counts_of(raw).stats(name.decode()) for name, raw in known if raw is not None], limit
+        )
 
     def get(self, group_id: str) -> Group:
         """Return a stored group. Raises NotFound."""
         with store_errors():
-            sequence: Any = self._client.hget(self._scripts.key("sequences"), group_id)
-            body: Any = self._client.hget(self._scripts.key(f"group:{sequence.decode()}"), "body") if sequence else None
+            member: Any = self._client.hget(self._scripts.key("sequences"), group_id)
+            body: Any = self._client.get(self._scripts.key(f"body:{member.decode()}")) if member else None
         if body is None:
             raise _not_stored(group_id)
-        return self._decode(body)
+        return read_group(body)
 
     def summary(self, group_id: str) -> GroupSummary:
         """Return what browsing shows of a stored group. Raises NotFound."""
-        walk = {"indexes": [], "limit": 1, "group_id": group_id}
-        latest, *entries = self._scripts.run("browse", [[json.dumps(walk)]])[0]
+        latest, *entries = self._walk({"indexes": [], "limit": 1, "group_id": group_id})
         if not entries:
             raise _not_stored(group_id)
-        return summary_of(entries[0], int(latest))
+        return summary_of(entries[0], latest)
 
     def browse(self, query: GroupQuery) -> GroupPage:
         """Return one page of summaries; see ReplayTable."""
@@ -156,8 +167,8 @@ class RedisTable:
             indexes = ["fresh"]
         walk = {"indexes": indexes, "limit": query.limit, "oldest_first": query.oldest_first}
         walk |= {"cursor": query.cursor} if query.cursor is not None else {}
-        latest, *entries = self._scripts.run("browse", [[json.dumps(walk)]])[0]
-        summaries = [summary_of(entry, int(latest)) for entry in entries[: query.limit]]
+        latest, *entries = self._walk(walk)
+        summaries = [summary_of(entry, latest) for entry in entries[: query.limit]]
         cursor = str(summaries[-1].sequence) if len(entries) > len(summaries) else None
         return GroupPage(groups=summaries, cursor=cursor)
 
@@ -186,54 +197,36 @@ class RedisTable:
             pipeline.zcard(self._scripts.key(index))
         with store_errors():
             raw, versions, uses, *sizes = pipeline.execute()
-        num_train, num_fresh_groups, num_eval, num_open, num_sealed, num_prompts = sizes
         fields = {name.decode(): value.decode() for name, value in raw.items()}
-        counts = {name: int(fields.get(name, 0)) for name in _COUNTERS}
-        removed = {name.removeprefix("removed:"): int(n) for name, n in fields.items() if name.startswith("removed:")}
-        unused = removed.get("age_unsampled", 0) + removed.get("ttl_unsampled", 0)
-        pace = Pace(
-            sampleable=num_train,
-            fresh=num_fresh_groups,
-            inserted=counts["inserted"] - unused,
-            sampled=counts["sampled"],
-            wanted_fresh=counts["wanted_fresh"],
-            no_room=bool(counts["no_room"]),
-        )
-        return TableStats(
-            num_groups=num_train,
-            num_fresh=num_fresh_groups,
-            num_eval=num_eval,
-            num_foreign=counts["foreign"],
-            bytes=counts["bytes"],
-            num_response_tokens=counts["tokens"],
-            inserted_total=counts["inserted"],
-            sampled_total=counts["sampled"],
-            reuse_mean=reuse_mean(pace),
-            outcomes=outcomes(fields, "result:"),
-            part_outcomes=outcomes(fields, "part:"),
-            num_partial_groups=num_open + num_sealed,
-            partial_bytes=counts["partial_bytes"],
-            removed=removed,
-            stored_versions={int(version): int(n) for version, n in versions.items()},
-            stored_uses={int(times): int(n) for times, n in uses.items()},
-            reward_sum=float(fields.get("reward_sum", 0)),
-            num_trajectories_total=counts["trajectories"],
-            forgotten_ids_total=counts["forgotten_ids"],
-            num_prompts=num_prompts,
-            forgotten_prompts_total=counts["forgotten_prompts"],
-            weights_left_behind_total=counts["weights_left_behind"],
-            latest_version=int(fields.get("latest_version", -1)),
-            limiter_error=limiter_error(self._limiter, pace),
-            waits=self._waits(fields, pace),
-        )
+        return stats_of(fields, versions, uses, sizes, limiter=self._limiter, now_s=self._clock())
 
-    def _lot(self) -> str:
-        return repr(self._rng.expovariate(1.0)) if self._settings.weighting is not None else "0"
+    def _walk(self, walk: Mapping[str, object]) -> list[Any]:
+        page: list[Any] = msgpack.unpackb(self._scripts.run("browse", [[msgpack.packb(walk)]])[0])
+        return page
 
-    def _insert_arguments(self, group: Group, record: bytes, *, sealed: bool = False) -> list[str | bytes]:
+    def _with_bodies(self, packed: bytes) -> Iterator[list[EncodedSample]]:
+        """Read the bodies of a draw, a chunk at each step."""
+        drawn: list[DrawnEntry] = msgpack.unpackb(packed)
+        for chunk in chunks_of(drawn, size=itemgetter(4), max_bytes=READ_CHUNK_BYTES):
+            with store_errors():
+                bodies: Any = self._client.mget([self._scripts.key(f"body:{entry[0]}") for entry in chunk])
+            if None in bodies:
+                raise StoreUnavailable(
+                    "the groups of this draw were removed before they were read",
+                    hint="draw again; raise table.repeat_window_s if the readers are so slow",
+                )
+            yield [
+                EncodedSample(body, float(chance), uses, None if age is False else age)
+                for body, (_, uses, age, chance, _) in zip(bodies, chunk, strict=True)
+            ]
+
+    def _lot(self) -> float:
+        return self._rng.expovariate(1.0) if self._settings.weighting is not None else 0.0
+
+    def _facts_for_insert(self, group: Group, record: bytes, *, sealed: bool = False) -> dict[str, Any]:
         """Return what insert.lua wants to know about a group; see its header."""
         counts = counts_of(group, solved_reward=self._settings.solved_reward)
-        facts = _version_facts(group) | {
+        return _version_facts(group) | {
             "group_id": group.group_id,
             "prompt_id": group.prompt_id,
             "content": record_hash(record),
@@ -241,14 +234,18 @@ class RedisTable:
             "tokens": group.num_response_tokens,
             "trajectories": counts.seen,
             "solved": counts.solved,
-            "reward_sum": repr(counts.reward_sum),
+            "reward_sum": counts.reward_sum,
             "sealed": sealed,
+            "lot": self._lot(),
         }
-        return [json.dumps(facts), record, self._lot()]
 
-    def _waits(self, fields: dict[str, str], pace: Pace) -> list[Wait]:
-        learner, actors = waiting(fields, "learner"), waiting(fields, "actors")
-        return report(learner, actors, limiter=self._limiter, pace=pace, now_s=self._clock())
+    def _run_insert(self, submitted: Sequence[tuple[dict[str, Any], bytes]]) -> list[tuple[str, Facts]]:
+        """Insert groups, as many in one script as keep others waiting for a moment only."""
+        calls = [
+            [msgpack.packb([facts for facts, _ in chunk]), *(record for _, record in chunk)]
+            for chunk in chunks_of(submitted, size=lambda one: len(one[1]), max_bytes=_INSERT_CHUNK_BYTES)
+        ]
+        return [_answer(answer) for answers in self._scripts.run("insert", calls) for answer in answers]
 
     def _count(self, counter: str, number: int = 1) -> None:
         with store_errors():
@@ -264,7 +261,7 @@ class RedisTable:
             "envelope_bytes": envelope_bytes(part),
             "limit_bytes": limit_bytes(self._settings),
         }
-        return [json.dumps(facts), encode_trajectory(part.trajectory)]
+        return [msgpack.packb(facts), encode_trajectory(part.trajectory)]
 
     def _part_result(self, part: Part, answer: list[Any] | None) -> PartResult:
         """Read an answer of hold.lua, None for a part of another run, and insert its group if it is sealed."""
@@ -299,10 +296,10 @@ class RedisTable:
         group = group_of(self._run_id, group_id, raw[b"fields"].decode(), records)
         record = encode_group(group)
         return _insert_result(
-            group, *_answer(self._scripts.run("insert", [self._insert_arguments(group, record, sealed=True)])[0])
+            group, *self._run_insert([(self._facts_for_insert(group, record, sealed=True), record)])[0]
         )
 
-    def _run_sample(self, request: SampleRequest, mode: str) -> tuple[str, list[Any]]:
+    def _run_sample(self, request: SampleRequest, mode: str) -> tuple[str, list[bytes]]:
         """Return what sample.lua answers, once it has nothing left to do first. Raises Conflict."""
         arguments = self._sample_arguments(request, mode)
         code, *rest = self._scripts.run("sample", [arguments])[0]
@@ -322,32 +319,16 @@ class RedisTable:
             "request_id": request.request_id,
             "num_groups": request.num_groups,
             "num_fresh": num_fresh(selector, request.num_groups),
-            "learner_version": str(request.learner_version),
+            "learner_version": request.learner_version,
             "rest": rest_of(selector).kind,
+            "lots": [] if mode == "look" else draw_lots(selector, request.num_groups, self._rng),
             "mode": mode,
         }
-        lots: bytes = msgpack.packb([] if mode == "look" else draw_lots(selector, request.num_groups, self._rng))
-        return [json.dumps(draw), request.model_dump_json(), lots]
-
-    def _sample(self, body: bytes, uses: bytes, age: bytes, probability: bytes) -> Sample:
-        info = SampleInfo(
-            probability=float(probability), times_sampled=int(uses), age_updates=int(age) if age else None
-        )
-        return Sample(group=self._decode(body), info=info)
-
-    def _decode(self, body: bytes) -> Group:
-        return decode_group(body, max_bytes=len(body))
-
-
-_COUNTERS = ["bytes", "partial_bytes", "tokens", "foreign", "inserted", "sampled", "trajectories"]
-_COUNTERS += ["forgotten_ids", "forgotten_prompts", "weights_left_behind", "wanted_fresh", "no_room"]
-"""Integer fields of the hash `stats`; see common.lua."""
+        return [msgpack.packb(draw), request.model_dump_json()]
 
 
 def _version_facts(tokens: Group | Trajectory) -> dict[str, Any]:
-    oldest, newest = tokens.oldest_version, tokens.newest_version
-    own = {} if oldest is None or newest is None else {"oldest": str(oldest), "newest": str(newest)}
-    return own | {"foreign": tokens.is_foreign}
+    return {"oldest": tokens.oldest_version, "newest": tokens.newest_version, "foreign": tokens.is_foreign}
 
 
 def _insert_result(group: Group, code: str, facts: Facts = ()) -> InsertResult:

@@ -2,9 +2,10 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from buffer.browsing import GroupPage, GroupQuery, GroupSummary
+from buffer.encoded import EncodedSample
 from buffer.prompts import PromptCounts, PromptPage, PromptStats, check_page, prompt_page
 from buffer.rate_limiter import Pace, RateLimiterSettings, check_request, reuse_mean
 from buffer.selectors import Uniform, Weighted, check_weighting, num_fresh, rest_of
@@ -50,7 +51,11 @@ class ShardedTable:
         return [results[index] for index in range(len(parts))]
 
     def sample(self, request: SampleRequest) -> list[Sample]:
-        """Hand out a draw of one shard, or [] while all must wait; see ReplayTable.
+        """Hand out a draw of one shard, or [] while all must wait; see ReplayTable."""
+        return [sample.decoded() for samples in self.sample_encoded(request) for sample in samples]
+
+    def sample_encoded(self, request: SampleRequest) -> Iterator[list[EncodedSample]]:
+        """Draw from one shard at once, and read the groups as they are asked for; see ServedTable.
 
         The choice is pinned where the request id hashes to, so that a repeat asks the same shard. When that one must
         wait after all, it first promises never to make the draw: only then another one is pinned.
@@ -62,12 +67,12 @@ class ShardedTable:
         while True:
             if pinned:
                 shard, share = pinned.split()
-                samples = self._shards[int(shard)].draw_or_leave(request)
-                if samples is not None:
-                    return _with_share(samples, request, float(share))
+                chunks = self._shards[int(shard)].draw_or_leave(request)
+                if chunks is not None:
+                    return _with_share(chunks, request, float(share))
             choice = self._choose(request)
             if not choice:
-                return []
+                return iter(())
             pinned = home.pin(request.request_id, known=pinned, choice=choice)
 
     def advance_version(self, version: PolicyVersion) -> None:
@@ -165,19 +170,19 @@ class ShardedTable:
         return str(max(0, behind // len(self._shards) if query.oldest_first else -(-behind // len(self._shards))))
 
 
-def _with_share(samples: Sequence[Sample], request: SampleRequest, share: float) -> list[Sample]:
-    """Return the samples with the chance of their shard in the probability of those that were drawn by lot."""
+def _with_share(
+    chunks: Iterator[list[EncodedSample]], request: SampleRequest, share: float
+) -> Iterator[list[EncodedSample]]:
+    """Yield the samples with the chance of their shard in the probability of those that were drawn by lot."""
     rest = rest_of(request.selector)
     by_lot = isinstance(rest, Uniform) or (isinstance(rest, Weighted) and rest.by != "rank")
-    first = num_fresh(request.selector, request.num_groups) if by_lot else len(samples)
-    return [
-        sample
-        if number < first
-        else sample.model_copy(
-            update={"info": sample.info.model_copy(update={"probability": sample.info.probability * share})}
-        )
-        for number, sample in enumerate(samples)
-    ]
+    left_as_they_are = num_fresh(request.selector, request.num_groups) if by_lot else request.num_groups
+    for samples in chunks:
+        yield [
+            sample if number < left_as_they_are else sample._replace(probability=sample.probability * share)
+            for number, sample in enumerate(samples)
+        ]
+        left_as_they_are -= len(samples)
 
 
 def _counts(stats: PromptStats) -> PromptCounts:

@@ -1,11 +1,11 @@
 """What a table must be able to do to be one shard of several, and how ids are spread over shards."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
+from buffer.encoded import EncodedSample
 from buffer.table import SampleRequest, ServedTable
-from buffer.types import Sample
 
 
 class Opening(NamedTuple):
@@ -25,7 +25,7 @@ class Shard(ServedTable, Protocol):
         """
         ...
 
-    def draw_or_leave(self, request: SampleRequest) -> list[Sample] | None:
+    def draw_or_leave(self, request: SampleRequest) -> Iterator[list[EncodedSample]] | None:
         """Hand out a draw, the same one to each repeat; None = it had to wait, and this shard will never make it."""
         ...
 

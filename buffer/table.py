@@ -1,11 +1,12 @@
 """The table protocol: what a replay buffer promises, whoever implements it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Protocol
 
 from pydantic import Field, FiniteFloat
 
 from buffer.browsing import GroupPage, GroupQuery, GroupSummary
+from buffer.encoded import EncodedSample
 from buffer.prompts import PromptPage
 from buffer.selectors import Fifo, Selector
 from buffer.settings import Settings
@@ -202,6 +203,13 @@ class ReplayTable(Protocol):
 
 class ServedTable(ReplayTable, Protocol):
     """A table with what only its service calls; any number of services may call at once."""
+
+    def sample_encoded(self, request: SampleRequest) -> Iterator[list[EncodedSample]]:
+        """Draw as `sample` does, at once, and give the groups as bytes, some at each step; nothing while it must wait.
+
+        Raises StoreUnavailable on the way when the store goes away or the reader takes longer than `repeat_window_s`.
+        """
+        ...
 
     def tidy(self) -> None:
         """Do what is due by the clock: remove overdue groups, close overdue partial groups, insert sealed ones.

@@ -142,8 +142,8 @@ class Trajectory(Record):
             raise ValueError("response_mask has no trained token")
         self._check_logprobs()
         self._check_spans(length)
-        self._check_kept()
-        self._check_distribution()
+        self.check_kept()
+        self.check_distribution()
         return self
 
     def _named_columns(self) -> dict[str, Float32Array]:
@@ -169,7 +169,8 @@ class Trajectory(Record):
         if position != length:
             raise ValueError(f"spans end at {position}, the response has {length} tokens")
 
-    def _check_kept(self) -> None:
+    def check_kept(self) -> None:
+        """Check the ids that survived truncation. Raises ValueError."""
         ids, counts = self.kept_token_ids, self.kept_token_counts
         if (ids is None) != (counts is None):
             raise ValueError("kept_token_ids and kept_token_counts come together")
@@ -190,7 +191,8 @@ class Trajectory(Record):
             if self.response_ids[index] not in ids[ends[index] - counts[index] : ends[index]]:
                 raise ValueError(f"response token {index} is not among its kept_token_ids")
 
-    def _check_distribution(self) -> None:
+    def check_distribution(self) -> None:
+        """Check the shipped distribution. Raises ValueError."""
         logprobs, trained = self.distribution_logprobs, self.response_mask
         if logprobs is None:
             return

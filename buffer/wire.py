@@ -11,8 +11,8 @@ import pydantic_core
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from buffer.browsing import GroupSummary
-from buffer.codec import sentence, unpack
-from buffer.errors import InvalidRequest
+from buffer.codec import intact_group_from_record, sentence, unpack
+from buffer.errors import InvalidRecord, InvalidRequest
 from buffer.rate_limiter import RateLimiterSettings
 from buffer.table import SampleRequest, TableStats, Wait
 from buffer.trained import MAX_TRAINED_GROUPS, TrainedGroup
@@ -28,6 +28,7 @@ from buffer.types import (
     PolicyVersion,
     Record,
     Sample,
+    SampleInfo,
 )
 from buffer.weights.store import WeightsStatus
 
@@ -262,6 +263,20 @@ def decode(raw: bytes, media_type: str) -> Any:
     except ValueError as error:
         hint = "NaN and Infinity are not JSON" if b"NaN" in raw or b"Infinity" in raw else ""
         raise InvalidRequest(f"the body is not {media_type}: {error or type(error).__name__}", hint=hint) from error
+
+
+def read_samples(value: object) -> list[Sample]:
+    """Read a decoded SampleResponse of our own service, whose groups a table has validated. Raises InvalidRequest."""
+    match value:
+        case {"schema": 1, "samples": [*plain_samples], **rest} if not rest:
+            try:
+                return [
+                    Sample(group=intact_group_from_record(plain["group"]), info=SampleInfo(**plain["info"]))
+                    for plain in plain_samples
+                ]
+            except (KeyError, TypeError, ValidationError, InvalidRecord):
+                pass  # pydantic finds the words
+    return parse(SampleResponse, value).samples
 
 
 def parse(model: type[M], value: object) -> M:

@@ -1,5 +1,6 @@
 """HTTP bodies in and out: sizes capped while reading, JSON or msgpack by headers, one error shape."""
 
+import itertools
 import logging
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from typing import Any
@@ -8,12 +9,15 @@ import anyio.from_thread
 import msgpack
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from buffer.codec import bare_record
+from buffer.encoded import EncodedSample
 from buffer.errors import NotAcceptable, Oversize, StalewiseError, Unauthorized, UnsupportedMediaType
-from buffer.types import SCHEMA, Sample
+from buffer.types import SCHEMA
 from buffer.wire import JSON, MSGPACK, Problem, encode
 
 log = logging.getLogger(__name__)
@@ -107,18 +111,35 @@ def answer(
     return Response(encode(body, media_type), status_code=status, headers=headers, media_type=media_type)
 
 
-def sample_chunks(samples: list[Sample], media_type: str) -> Iterator[bytes]:
-    """Yield a SampleResponse group by group, so that a large draw is never encoded in one piece."""
-    if media_type == MSGPACK:
-        packer = msgpack.Packer()
-        yield packer.pack_map_header(2) + packer.pack("schema") + packer.pack(SCHEMA)
-        yield packer.pack("samples") + packer.pack_array_header(len(samples))
-        for sample in samples:
-            yield packer.pack(sample.model_dump())
-        return
+def sample_answer(num_groups: int, chunks: Iterator[list[EncodedSample]], media_type: str) -> Response:
+    """Return a SampleResponse of so many groups, streamed chunk by chunk unless the first one is all.
+
+    In msgpack the records go out as they are stored. Reads the first chunk: call it from a worker thread.
+    """
+    write = _packed_samples if media_type == MSGPACK else _json_samples
+    first = next(chunks, [])
+    pieces = write(len(first) and num_groups, itertools.chain([first], chunks))
+    if len(first) in (0, num_groups):
+        return Response(b"".join(pieces), media_type=media_type)
+    return StreamingResponse(pieces, media_type=media_type)
+
+
+def _packed_samples(num_groups: int, chunks: Iterable[list[EncodedSample]]) -> Iterator[bytes]:
+    packer = msgpack.Packer()
+    head = packer.pack_map_header(2) + packer.pack("schema") + packer.pack(SCHEMA) + packer.pack("samples")
+    yield head + packer.pack_array_header(num_groups)
+    group, info = packer.pack_map_header(2) + packer.pack("group"), packer.pack("info")
+    for samples in chunks:
+        yield b"".join([part for s in samples for part in (group, bare_record(s.record), info, packer.pack(s.info()))])
+
+
+def _json_samples(num_groups: int, chunks: Iterable[list[EncodedSample]]) -> Iterator[bytes]:
     yield b'{"schema":%d,"samples":[' % SCHEMA
-    for index, sample in enumerate(samples):
-        yield (b"," if index else b"") + encode(sample, JSON)
+    separator = b""
+    for samples in chunks:
+        for sample in samples:
+            yield separator + encode(sample.decoded(), JSON)
+            separator = b","
     yield b"]}"
 
 

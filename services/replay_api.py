@@ -1,16 +1,17 @@
 """The HTTP face of a replay table: stateless, JSON and msgpack, one honest status and one error shape."""
 
 import asyncio
+import itertools
 from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import FastAPI, Path, Query, Request, Response
-from fastapi.responses import PlainTextResponse, StreamingResponse
+from fastapi.responses import PlainTextResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp
 
 from buffer.prompts import MAX_PAGE, PromptPage
-from buffer.table import PriorityUpdate, SampleRequest
+from buffer.table import PriorityUpdate, SampleRequest, ServedTable
 from buffer.types import IDENTIFIER_PATTERN
 from buffer.wire import (
     Heartbeat,
@@ -23,7 +24,7 @@ from buffer.wire import (
     decode,
     parse,
 )
-from services.bodies import answer, install_error_shape, read_body, sample_chunks, sent_media_type, wanted_media_type
+from services.bodies import answer, install_error_shape, read_body, sample_answer, sent_media_type, wanted_media_type
 from services.browse_api import browse_operations
 from services.context import ServiceContext
 from services.dashboard import page_operations
@@ -79,12 +80,12 @@ def _sample_operations(context: ServiceContext) -> Sequence[Operation]:
         timed = parse(TimedSampleRequest, decode(raw, media_type))
         draw = SampleRequest(**{name: value for name, value in timed if name != "timeout_s"})
         started_s = context.monotonic()
-        while not (samples := await run_in_threadpool(table.sample, draw)):
+        while (response := await run_in_threadpool(_drawn, table, draw, wanted)) is None:
             waited_s = context.monotonic() - started_s
             if waited_s >= timed.timeout_s or context.closing.is_set() or await request.is_disconnected():
-                break
+                return sample_answer(0, iter(()), wanted)
             await asyncio.sleep(min(max(settings.poll_s, waited_s / 10), _LONGEST_POLL_S))
-        return StreamingResponse(sample_chunks(samples, wanted), media_type=wanted)
+        return response
 
     async def priorities(request: Request) -> Response:
         """Give stored groups new priorities; ids that are not stored are ignored and counted."""
@@ -120,6 +121,13 @@ def _sample_operations(context: ServiceContext) -> Sequence[Operation]:
             problems=(406, 422, 503),
         ),
     )
+
+
+def _drawn(table: ServedTable, draw: SampleRequest, media_type: str) -> Response | None:
+    """Return the answer to a draw; None while it must wait."""
+    chunks = table.sample_encoded(draw)
+    first = next(chunks, None)
+    return None if first is None else sample_answer(draw.num_groups, itertools.chain([first], chunks), media_type)
 
 
 def _status_operations(context: ServiceContext) -> Sequence[Operation]:

@@ -1,7 +1,7 @@
 -- The key schema of one table shard and the steps that its scripts share; redis_table.py puts this file before each.
 --
 -- KEYS[1] is the prefix `sw:{<run id>:<shard>}:`. The braces put all keys of a shard on one node of a cluster.
--- ARGV[1] is JSON {table, limiter}: TableSettings and RateLimiterSettings without nulls. ARGV[2] is the time, in
+-- ARGV[1] is cmsgpack {table, limiter}: TableSettings and RateLimiterSettings without nulls. ARGV[2] is the time, in
 -- seconds since 1970. A sequence number is given to each insert attempt and names a stored group; it never returns.
 --
 -- stats          hash    counters, flags and waits:
@@ -21,28 +21,31 @@
 --   <who>_wait_code, <who>_wait_since_s, <who>_wait_last_s   who = learner | actors; absent = does not wait
 -- versions       hash    oldest policy version -> stored train groups, foreign ones left out
 -- uses           hash    times handed out -> stored train groups
--- sequences      hash    group_id -> sequence number of a stored group
--- train          zset    stored train groups: member and score are the sequence number
+-- sequences      hash    group_id -> member, the name of a stored group in all keys below: its sequence number in 14 digits,
+--                        padded, so that ties of a score go to the oldest
+-- body:<member>  string  canonical msgpack of the group (codec.py). That of a removed group that was handed out lives on
+--                        until repeat_window_s after that, for a repeat of the request
+-- facts          hash    member -> struct <dddddB of what changes or decides about draws: weight (weighting.lua; 0 without
+--                        one), oldest version (-1 = none), bytes, uses, time of the last use (0 = never), 1 = train
+-- about          hash    member -> cmsgpack {group_id, content (hash), prompt_id, split, foreign (bool), tokens,
+--                        trajectories, sum of rewards, time of the insert}
+-- train          zset    stored train groups: member, score = sequence number
 -- fresh          zset    of these, never handed out
 -- eval           zset    stored eval groups
 -- evictable      zset    what capacity may remove: train groups handed out at least once, and eval groups
--- ages           zset    train groups with a version: member sequence number, score oldest policy version
--- weighted       zset    groups that a weighted draw may take: member = sequence number of 14 digits, score = when its
---                        clock goes off; where the weighting is rank, decay_per_use x uses - priority
+-- ages           zset    train groups with a version: member, score = oldest policy version
+-- groups_of:<prompt_id>  zset  stored groups of a prompt: member, score = sequence number
+-- weighted       zset    groups that a weighted draw may take: member, score = when its clock goes off; where the
+--                        weighting is rank, decay_per_use x uses - priority
 -- weighted_old   zset    clocks that are still on the time line before; the coming draws move them
 -- weighted_line  hash    time = where the time line is, total = sum of the weights in `weighted`, peak = its highest
 --                        value on this line, reference = log2 of the weight that counts as 1 (recency; else 0),
 --                        top = largest weight or priority ever posted, old_time and old_reference of `weighted_old`
--- resting        zset    groups in their cool-down: member as in `weighted`, score = clock at which it ends
+-- resting        zset    groups in their cool-down: member, score = clock at which it ends
 -- prompt_groups:<prompt_id>  zset  stored train groups of the prompt, where the weighting is difficulty
 -- prompts        hash    prompt_id -> cmsgpack {seen, solved, sum of rewards, newest version or ''}
 -- prompt_ids     zset    of `prompts`, all scores 0: pages in the order of the ids
 -- prompts_seen   zset    of `prompts`, score = sequence number of the prompt's last group
--- group:<seq>    hash    body (canonical msgpack), group_id, content (hash), split, version ('' = none), foreign (0/1),
---                        tokens, bytes, uses, inserted_s, sampled_s, prompt_id, trajectories, reward_sum, and of a train
---                        group weight (weighting.lua). A removed group that was handed out lives on until
---                        repeat_window_s after that, for a repeat of the request
--- groups_of:<prompt_id>  zset  stored groups of a prompt: member and score are the sequence number
 -- remembered     hash    group_id -> content hash of a removed group; '' = a partial group that was dropped
 -- remembered_at  zset    group_id, score = time of removal in seconds
 -- partials       zset    open partial groups: group_id, score = time of the first trajectory in seconds
@@ -52,54 +55,129 @@
 --                        t:<trajectory_id> = encoded trajectory
 -- presence       hash    no script reads it; services/presence.py keeps the last heartbeat of each actor and the learner's
 --                        last report there, as JSON by name
--- draw:<request> string  cmsgpack {request, time in seconds, list of {sequence, uses, age, probability}}, expires; in place
---                        of the list 'left', where another shard makes the draw
+-- draw:<request> string  cmsgpack {request, time in seconds, list of {member, uses, age or false, probability, bytes}},
+--                        expires; in place of the list 'left', where another shard makes the draw
 -- pin:<request>  string  `<number of the shard that makes the draw> <share of its weight>`, in the shard that the
 --                        request id hashes to, where there are several; expires
 -- shards         string  number of shards of the run; shard 0 alone has it
+--
+-- A call of Redis costs more than all that Lua does with the answer. So a script reads counters and facts once, changes
+-- them in Lua, and finish.lua, which follows each script, writes what changed.
 
 local prefix = KEYS[1]
-local settings = cjson.decode(ARGV[1])
+local settings = cmsgpack.unpack(ARGV[1])
 local now = ARGV[2]
 local BATCH = 1000 -- most groups that one script call removes for their age
+local STACK = 1000 -- most arguments of a call that come from a list: what fits on Lua's stack
 
 local function key(name)
   return prefix .. name
-end
-
-local function group_key(sequence)
-  return prefix .. 'group:' .. sequence
-end
-
-local function stat(field)
-  return tonumber(redis.call('HGET', key('stats'), field) or 0)
-end
-
-local function add_stat(field, change)
-  redis.call('HINCRBY', key('stats'), field, change)
 end
 
 local function integer(number)
   return string.format('%.0f', number)
 end
 
--- Change a bucket of a histogram; empty buckets leave.
-local function count(histogram, bucket, change)
-  if redis.call('HINCRBY', key(histogram), bucket, change) == 0 then
-    redis.call('HDEL', key(histogram), bucket)
+local function member_of(sequence)
+  return string.format('%014.0f', sequence)
+end
+
+-- Call a command on a key with a list of arguments, as many at a time as fit, always whole pairs.
+local function call_many(command, name, arguments)
+  for i = 1, #arguments, STACK do
+    redis.call(command, key(name), unpack(arguments, i, math.min(i + STACK - 1, #arguments)))
   end
+end
+
+local stat_texts = {} -- fields of `stats` as they were read or set; false = absent
+local stat_changes = {} -- what finish.lua adds to fields of `stats`
+local bucket_changes = { versions = {}, uses = {} } -- what finish.lua adds to buckets of the histograms
+
+local function read_stats(...)
+  for i, text in ipairs(redis.call('HMGET', key('stats'), ...)) do
+    stat_texts[select(i, ...)] = text
+  end
+end
+
+local function stat_text(field)
+  if stat_texts[field] == nil then
+    stat_texts[field] = redis.call('HGET', key('stats'), field)
+  end
+  return stat_texts[field]
+end
+
+local function stat(field)
+  return tonumber(stat_text(field) or 0) + (stat_changes[field] or 0)
+end
+
+local function add_stat(field, change)
+  stat_changes[field] = (stat_changes[field] or 0) + change
+end
+
+-- Set a field that is no counter; nil = remove it.
+local function set_stat(field, value)
+  if value then
+    redis.call('HSET', key('stats'), field, value)
+    stat_texts[field] = tostring(value)
+  elseif stat_text(field) then
+    redis.call('HDEL', key('stats'), field)
+    stat_texts[field] = false
+  end
+end
+
+local function count(histogram, bucket, change)
+  local changes = bucket_changes[histogram]
+  bucket = integer(bucket)
+  changes[bucket] = (changes[bucket] or 0) + change
 end
 
 local function start_wait(who, code)
-  local last = redis.call('HGET', key('stats'), who .. '_wait_last_s')
+  local last = stat_text(who .. '_wait_last_s')
   if not last or tonumber(now) - tonumber(last) > tonumber(settings.forget_wait_s) then
-    redis.call('HSET', key('stats'), who .. '_wait_since_s', now)
+    set_stat(who .. '_wait_since_s', now)
   end
-  redis.call('HSET', key('stats'), who .. '_wait_code', code, who .. '_wait_last_s', now)
+  set_stat(who .. '_wait_code', code)
+  set_stat(who .. '_wait_last_s', now)
 end
 
 local function end_wait(who)
-  redis.call('HDEL', key('stats'), who .. '_wait_code', who .. '_wait_since_s', who .. '_wait_last_s')
+  set_stat(who .. '_wait_code', nil)
+  set_stat(who .. '_wait_since_s', nil)
+  set_stat(who .. '_wait_last_s', nil)
+end
+
+local facts = {} -- member -> the facts of a group as they were read or changed
+local changed_facts = {} -- member -> true; finish.lua writes them
+
+-- Read the facts of stored groups.
+local function read_facts(members)
+  local missing = {}
+  for _, member in ipairs(members) do
+    if not facts[member] then
+      missing[#missing + 1] = member
+    end
+  end
+  for i = 1, #missing, STACK do
+    local packed = redis.call('HMGET', key('facts'), unpack(missing, i, math.min(i + STACK - 1, #missing)))
+    for j = 1, #packed do
+      local weight, version, bytes, uses, used_s, train = struct.unpack('<dddddB', packed[j])
+      facts[missing[i + j - 1]] =
+        { weight = weight, version = version, bytes = bytes, uses = uses, used_s = used_s, train = train == 1 }
+    end
+  end
+end
+
+local function facts_of(member)
+  read_facts({ member })
+  return facts[member]
+end
+
+-- What does not change of a stored group; see `about`.
+local function about_of(member)
+  local group = {}
+  group.group_id, group.content, group.prompt_id, group.split, group.foreign, group.tokens, group.trajectories,
+    group.reward_sum, group.inserted_s = unpack(cmsgpack.unpack(redis.call('HGET', key('about'), member)))
+  return group
 end
 
 -- rate_limiter.Pace
@@ -130,54 +208,54 @@ local function remember(group_id, content)
   end
 end
 
-local function make_evictable(sequence, bytes)
-  redis.call('ZADD', key('evictable'), sequence, sequence)
+local function make_evictable(member, bytes)
+  redis.call('ZADD', key('evictable'), member, member)
   add_stat('evictable_bytes', bytes)
 end
 
--- Enter a train group into the counters of what is stored, or take it out.
+-- Enter a train group into the counters of what is stored, or take it out. A version of -1 is none.
 local function count_train(uses, tokens, foreign, version, change)
   count('uses', uses, change)
   add_stat('tokens', change * tokens)
-  if foreign == '1' then
+  if foreign then
     add_stat('foreign', change)
-  elseif version ~= '' then
+  elseif version >= 0 then
     count('versions', version, change)
   end
 end
 
-local leave_weighted -- function(sequence) of weighting.lua: take a train group out of the weighted index
+local leave_weighted -- function(member, prompt_id) of weighting.lua: take a train group out of the weighted index
 
 -- Take a group out of the table. Age and TTL count a train group that nobody used apart.
-local function remove(sequence, reason)
-  local fields = redis.call('HMGET', group_key(sequence),
-    'group_id', 'content', 'split', 'version', 'foreign', 'tokens', 'bytes', 'uses', 'sampled_s', 'prompt_id')
-  local group_id, content, split, version, foreign = fields[1], fields[2], fields[3], fields[4], fields[5]
-  local tokens, bytes, uses, sampled_s = fields[6], fields[7], tonumber(fields[8]), tonumber(fields[9])
-  redis.call('HDEL', key('sequences'), group_id)
-  redis.call('ZREM', key('groups_of:' .. fields[10]), sequence)
-  for _, index in ipairs({ 'train', 'fresh', 'eval', 'ages' }) do
-    redis.call('ZREM', key(index), sequence)
+local function remove(member, reason)
+  local group, about = facts_of(member), about_of(member)
+  redis.call('HDEL', key('sequences'), about.group_id)
+  redis.call('ZREM', key('groups_of:' .. about.prompt_id), member)
+  for _, index in ipairs(group.train and { 'train', 'fresh', 'ages' } or { 'eval' }) do
+    redis.call('ZREM', key(index), member)
   end
-  if redis.call('ZREM', key('evictable'), sequence) == 1 then
-    add_stat('evictable_bytes', -bytes)
+  if redis.call('ZREM', key('evictable'), member) == 1 then
+    add_stat('evictable_bytes', -group.bytes)
   end
-  add_stat('bytes', -bytes)
-  if split == 'train' then
-    leave_weighted(sequence)
-    count_train(uses, tokens, foreign, version, -1)
+  add_stat('bytes', -group.bytes)
+  if group.train then
+    leave_weighted(member, about.prompt_id)
+    count_train(group.uses, about.tokens, about.foreign, group.version, -1)
   end
-  remember(group_id, content)
-  if split == 'train' and uses == 0 and (reason == 'age' or reason == 'ttl') then
+  remember(about.group_id, about.content)
+  if group.train and group.uses == 0 and (reason == 'age' or reason == 'ttl') then
     reason = reason .. '_unsampled'
   end
   add_stat('removed:' .. reason, 1)
-  local repeatable_s = sampled_s and sampled_s + settings.table.repeat_window_s - tonumber(now) or 0
+  local repeatable_s = group.used_s > 0 and group.used_s + settings.table.repeat_window_s - tonumber(now) or 0
   if repeatable_s > 0 then
-    redis.call('PEXPIRE', group_key(sequence), math.ceil(1000 * repeatable_s) + 5000)
+    redis.call('PEXPIRE', key('body:' .. member), math.ceil(1000 * repeatable_s) + 5000)
   else
-    redis.call('UNLINK', group_key(sequence))
+    redis.call('UNLINK', key('body:' .. member))
   end
+  redis.call('HDEL', key('facts'), member)
+  redis.call('HDEL', key('about'), member)
+  facts[member], changed_facts[member] = nil, nil
 end
 
 -- Remove what the TTL and the age gate close, at most BATCH groups; return whether more may be left.
@@ -186,12 +264,11 @@ local function remove_overdue(clock)
   if settings.table.ttl_s then
     for _, index in ipairs({ 'train', 'eval' }) do
       while left > 0 do
-        local sequence = redis.call('ZRANGE', key(index), 0, 0)[1]
-        local inserted_s = sequence and tonumber(redis.call('HGET', group_key(sequence), 'inserted_s'))
-        if not sequence or inserted_s > tonumber(now) - settings.table.ttl_s then
+        local member = redis.call('ZRANGE', key(index), 0, 0)[1]
+        if not member or about_of(member).inserted_s > tonumber(now) - settings.table.ttl_s then
           break
         end
-        remove(sequence, 'ttl')
+        remove(member, 'ttl')
         left = left - 1
       end
     end
@@ -199,8 +276,8 @@ local function remove_overdue(clock)
   if settings.table.max_age_updates then
     local newest_closed = integer(clock - settings.table.max_age_updates - 1)
     local closed = redis.call('ZRANGEBYSCORE', key('ages'), '-inf', newest_closed, 'LIMIT', 0, left)
-    for _, sequence in ipairs(closed) do
-      remove(sequence, 'age')
+    for _, member in ipairs(closed) do
+      remove(member, 'age')
     end
     left = left - #closed
   end
@@ -214,14 +291,14 @@ local function work_in_full_memory()
 end
 
 local function latest_version()
-  return tonumber(redis.call('HGET', key('stats'), 'latest_version') or -1)
+  return tonumber(stat_text('latest_version') or -1)
 end
 
 -- The content of the stored or removed group of this id; nil = a new id.
 local function known_content(group_id)
-  local sequence = redis.call('HGET', key('sequences'), group_id)
-  if sequence then
-    return redis.call('HGET', group_key(sequence), 'content')
+  local member = redis.call('HGET', key('sequences'), group_id)
+  if member then
+    return about_of(member).content
   end
   local removed_s = redis.call('ZSCORE', key('remembered_at'), group_id)
   if removed_s and tonumber(removed_s) > tonumber(now) - settings.table.dedup_window_s then
@@ -230,16 +307,16 @@ local function known_content(group_id)
   return nil
 end
 
--- outcomes.refused_for_version; `facts` are those of a group or a trajectory
-local function refused_for_version(facts, latest)
-  local newest, oldest, max_age = tonumber(facts.newest), tonumber(facts.oldest), settings.table.max_age_updates
+-- outcomes.refused_for_version; `tokens` are a group or a trajectory
+local function refused_for_version(tokens, latest)
+  local newest, oldest, max_age = tokens.newest, tokens.oldest, settings.table.max_age_updates
   if newest and newest > latest then
-    return { 'version', facts.newest, integer(latest) }
-  elseif facts.split ~= 'train' then
+    return { 'version', integer(newest), integer(latest) }
+  elseif tokens.split ~= 'train' then
     return nil
   elseif max_age and oldest and latest - oldest > max_age then
-    return { 'stale', facts.oldest, integer(latest - oldest), integer(max_age) }
-  elseif facts.foreign and settings.table.foreign_share == 0 then
+    return { 'stale', integer(oldest), integer(latest - oldest), integer(max_age) }
+  elseif tokens.foreign and settings.table.foreign_share == 0 then
     return { 'foreign' }
   end
   return nil

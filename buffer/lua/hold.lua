@@ -1,13 +1,13 @@
 -- Hold one trajectory until its group is complete, or say why not. The schema is in common.lua.
 --
--- ARGV[3] JSON {group_id, trajectory_id, fields, group_size, split, oldest, newest, foreign (bool), envelope_bytes,
+-- ARGV[3] cmsgpack {group_id, trajectory_id, fields, group_size, split, oldest, newest, foreign (bool), envelope_bytes,
 --         limit_bytes}; fields as in the schema, the versions as in insert.lua, envelope_bytes what the encoded group
 --         takes beside its trajectories, limit_bytes the largest encoded group
 -- ARGV[4] the encoded trajectory
 -- Returns {1 or 0, code, fact...}: 1 = the group is sealed and waits to be inserted; the code is `known` when a group of
 --         this id is or was in the table, else one of outcomes.py with the numbers of its sentence as strings.
 
-local part = cjson.decode(ARGV[3])
+local part = cmsgpack.unpack(ARGV[3])
 local partial = key('partial:' .. part.group_id)
 local member = 't:' .. part.trajectory_id
 
@@ -69,10 +69,13 @@ local function judge()
   return refused_for_size(tonumber(stored_bytes or 0), #ARGV[4]) or hold(#ARGV[4])
 end
 
-add_stat('partial_bytes', 0) -- a first write that Redis refuses when memory is full: then nothing at all has happened
-forget_overdue()
-local answer = judge()
-if answer[2] ~= 'known' then
-  add_stat('part:' .. answer[2], 1)
+local function main()
+  -- a first write that Redis refuses when memory is full: then nothing at all has happened
+  redis.call('HINCRBY', key('stats'), 'partial_bytes', 0)
+  forget_overdue()
+  local answer = judge()
+  if answer[2] ~= 'known' then
+    add_stat('part:' .. answer[2], 1)
+  end
+  return answer
 end
-return answer

@@ -1,43 +1,18 @@
--- Hand out exactly n distinct groups, or say why the draw must wait. The schema is in common.lua.
+-- Choose exactly n distinct groups to hand out, or say why the draw must wait. The schema is in common.lua.
 --
--- ARGV[3] JSON {request_id, num_groups, num_fresh, learner_version (decimal string), rest (selectors.rest_of), mode}; mode
---         `draw`; `look` = only say whether a draw could go on; `leave` = a draw that would have to wait is never made
---         here, under this request_id
+-- ARGV[3] cmsgpack {request_id, num_groups, num_fresh, learner_version, rest (selectors.rest_of), lots: the random numbers
+--         of selectors.draw_lots, mode}; mode `draw`; `look` = only say whether a draw could go on; `leave` = a draw that
+--         would have to wait is never made here, under this request_id
 -- ARGV[4] the request as one string: a repeat must be equal to the draw that it repeats
--- ARGV[5] cmsgpack list of the random numbers of selectors.draw_lots
--- Returns {'drawn', {body, uses, age, probability}...} with the numbers as strings, age '' for data without a version;
+-- Returns {'drawn', cmsgpack list of {member, uses, age (false for data without a version), probability, bytes}};
+--         the caller then reads the bodies, which stay at least repeat_window_s whatever becomes of the groups;
 --         {'again'} when more overdue groups must be removed, or other work done, first; {'conflict'} for a reused request_id;
 --         {'open', weight, reference} to a look: the weight that it may choose from is weight x 2 ^ reference; {'left'};
 --         {<code of rate_limiter.draw_blocked>, stored, stored fresh, eligible}.
 
-local request = cjson.decode(ARGV[3])
-local lots = cmsgpack.unpack(ARGV[5])
+local request = cmsgpack.unpack(ARGV[3])
+local lots = request.lots
 local draw_key = key('draw:' .. request.request_id)
-
--- What a draw wants to know of a group, read once: a call costs Redis more than all that Lua does with the answer.
-local facts = {}
-local function facts_of(sequence)
-  if not facts[sequence] then
-    local fields = redis.call('HMGET', group_key(sequence), 'body', 'bytes', 'version', 'uses', 'weight')
-    facts[sequence] = { body = fields[1], bytes = fields[2], version = fields[3], uses = fields[4], weight = fields[5] }
-  end
-  return facts[sequence]
-end
-
--- Call a command on an index with any number of arguments, as many at a time as fit on Lua's stack.
-local function call_many(command, index, arguments)
-  for i = 1, #arguments, 1000 do
-    redis.call(command, key(index), unpack(arguments, i, math.min(i + 999, #arguments)))
-  end
-end
-
-local function bodies(draw)
-  local reply = { 'drawn' }
-  for _, entry in ipairs(draw) do
-    reply[#reply + 1] = { redis.call('HGET', group_key(entry[1]), 'body'), entry[2], entry[3], entry[4] }
-  end
-  return reply
-end
 
 -- rate_limiter.draw_blocked
 local function blocked(pace, eligible)
@@ -58,8 +33,8 @@ end
 
 local function first(command, index, limit)
   local chosen = {}
-  for _, sequence in ipairs(limit > 0 and redis.call(command, key(index), 0, limit - 1) or {}) do
-    chosen[#chosen + 1] = { sequence, '1' }
+  for _, member in ipairs(limit > 0 and redis.call(command, key(index), 0, limit - 1) or {}) do
+    chosen[#chosen + 1] = { member, 1 }
   end
   return chosen
 end
@@ -92,7 +67,7 @@ local function add_uniform(chosen)
   for i, entry in ipairs(chosen) do
     taken[i] = redis.call('ZRANK', key('train'), entry[1])
   end
-  local chance = string.format('%.17g', 1 / math.max(1, total - #taken))
+  local chance = 1 / math.max(1, total - #taken)
   for _, rank in ipairs(draw_ranks(taken, total)) do
     chosen[#chosen + 1] = { redis.call('ZRANGE', key('train'), rank, rank)[1], chance }
   end
@@ -111,54 +86,52 @@ local function add_first(chosen, command, index)
 end
 
 local function add_by_rank(chosen)
-  local is_taken = set_of(chosen)
-  for _, member in ipairs(redis.call('ZRANGE', key('weighted'), 0, request.num_groups - 1)) do
-    local sequence = sequence_of(member)
-    if #chosen < request.num_groups and not is_taken[sequence] then
-      chosen[#chosen + 1] = { sequence, '1' }
-    end
-  end
-  return chosen
+  return add_first(chosen, 'ZRANGE', 'weighted')
 end
 
 -- The sum of the weights that the draw may choose from.
 local function eligible_weight(chosen)
   local total = line.total
   for _, entry in ipairs(chosen) do
-    total = total - weight_of(facts_of(entry[1]).weight, line.reference)
+    total = total - weight_of(facts[entry[1]].weight, line.reference)
   end
   return total
 end
 
 -- WeightedIndex.draw
 local function add_by_clock(chosen)
-  local is_taken, total = set_of(chosen), eligible_weight(chosen)
-  local scored = redis.call('ZRANGE', key('weighted'), 0, request.num_groups - 1, 'WITHSCORES')
-  local passed, last = {}, 0
-  while #chosen < request.num_groups do
-    local sequence, score = sequence_of(scored[2 * #passed + 1]), tonumber(scored[2 * #passed + 2])
-    local weight = weight_of(facts_of(sequence).weight, line.reference)
-    passed[#passed + 1] = { scored[2 * #passed + 1], score, weight, is_taken[sequence] }
-    if not is_taken[sequence] then
-      chosen[#chosen + 1] = { sequence, number(math.min(1, weight / total)) }
-    end
-    last = score
+  local fresh = {}
+  for i, entry in ipairs(chosen) do
+    fresh[i] = entry[1]
   end
-  if last > line.time then
-    set_line('time', last)
+  local last = request.num_groups - 1
+  local members, scores = members_and_scores(redis.call('ZRANGE', key('weighted'), 0, last, 'WITHSCORES'))
+  read_facts(fresh)
+  read_facts(members)
+  local is_taken, total, num_passed = set_of(chosen), eligible_weight(chosen), 0
+  while #chosen < request.num_groups do
+    num_passed = num_passed + 1
+    local member = members[num_passed]
+    if not is_taken[member] then
+      chosen[#chosen + 1] = { member, math.min(1, weight_of(facts[member].weight, line.reference) / total) }
+    end
+  end
+  if num_passed > 0 and scores[num_passed] > line.time then
+    set_line('time', scores[num_passed])
   end
   local renewed = {}
-  for i, clock in ipairs(passed) do
-    local member, score, weight, is_void = unpack(clock)
-    local owed = is_void and 0 or math.max((score - line.time) * weight, -MOST_OWED)
-    renewed[2 * i - 1], renewed[2 * i] = number(line.time + (lots[i] + owed) / weight), member
+  for i = 1, num_passed do
+    local member = members[i]
+    local weight = weight_of(facts[member].weight, line.reference)
+    local owed = is_taken[member] and 0 or math.max((scores[i] - line.time) * weight, -MOST_OWED)
+    renewed[2 * i - 1], renewed[2 * i] = line.time + (lots[i] + owed) / weight, member
   end
   call_many('ZADD', 'weighted', renewed)
   start_over_if_worn()
   return chosen
 end
 
--- A selector adds {sequence, probability as a string} of each group that it chooses.
+-- A selector adds {member, probability} of each group that it chooses.
 local selectors = {
   fifo = function(chosen) return add_first(chosen, 'ZRANGE', 'train') end,
   lifo = function(chosen) return add_first(chosen, 'ZREVRANGE', 'train') end,
@@ -168,35 +141,35 @@ local selectors = {
 }
 
 -- Take groups that were used for the first time out of `fresh`: from now on capacity may remove them.
-local function open_to_eviction(sequences)
+local function open_to_eviction(members)
   local scored, bytes = {}, 0
-  for i, sequence in ipairs(sequences) do
-    scored[2 * i - 1], scored[2 * i] = sequence, sequence
-    bytes = bytes + facts_of(sequence).bytes
+  for i, member in ipairs(members) do
+    scored[2 * i - 1], scored[2 * i] = member, member
+    bytes = bytes + facts[member].bytes
   end
-  call_many('ZREM', 'fresh', sequences)
+  call_many('ZREM', 'fresh', members)
   call_many('ZADD', 'evictable', scored)
   add_stat('evictable_bytes', bytes)
 end
 
--- Count one use of each chosen group; returns {sequence, uses, age, probability} of each, as strings.
+-- Count one use of each chosen group; returns {member, uses, age, probability, bytes} of each.
 local function hand_out(chosen, clock)
-  local drawn, first_used, histogram = {}, {}, {}
+  local drawn, members, first_used, used_s = {}, {}, {}, tonumber(now)
   for i, entry in ipairs(chosen) do
-    local sequence, group = entry[1], facts_of(entry[1])
-    local before, uses = tonumber(group.uses), group.uses + 1
-    redis.call('HSET', group_key(sequence), 'uses', uses, 'sampled_s', now)
-    histogram[before] = (histogram[before] or 0) - 1
-    histogram[uses] = (histogram[uses] or 0) + 1
-    if before == 0 then
-      first_used[#first_used + 1] = sequence
-    end
-    use_weighted(sequence, uses, clock)
-    local age = group.version ~= '' and integer(clock - tonumber(group.version)) or ''
-    drawn[i] = { sequence, integer(uses), age, entry[2] }
+    members[i] = entry[1]
   end
-  for times, change in pairs(histogram) do
-    count('uses', times, change)
+  read_facts(members)
+  for i, member in ipairs(members) do
+    local group = facts[member]
+    local before = group.uses
+    if before == 0 then
+      first_used[#first_used + 1] = member
+    end
+    group.uses, group.used_s, changed_facts[member] = before + 1, used_s, true
+    count('uses', before, -1)
+    count('uses', before + 1, 1)
+    use_weighted(member, clock)
+    drawn[i] = { member, before + 1, group.version >= 0 and clock - group.version, chosen[i][2], group.bytes }
   end
   open_to_eviction(first_used)
   return drawn
@@ -209,16 +182,17 @@ end
 
 local function draw(clock)
   local chosen = selectors[request.rest](first('ZRANGE', 'fresh', request.num_fresh))
-  local drawn, reply = hand_out(chosen, clock), { 'drawn' }
+  local drawn = hand_out(chosen, clock)
   add_stat('sampled', #drawn)
-  for i, entry in ipairs(drawn) do
-    reply[i + 1] = { facts_of(entry[1]).body, entry[2], entry[3], entry[4] }
-    if settings.table.reuse_limit and tonumber(entry[2]) >= settings.table.reuse_limit then
-      remove(entry[1], 'reuse')
+  if settings.table.reuse_limit then
+    for _, entry in ipairs(drawn) do
+      if entry[2] >= settings.table.reuse_limit then
+        remove(entry[1], 'reuse')
+      end
     end
   end
   remember_draw(drawn)
-  return reply
+  return { 'drawn', cmsgpack.pack(drawn) }
 end
 
 local function remembered_draw()
@@ -233,42 +207,59 @@ end
 -- What a draw may choose from: a count where all weigh alike.
 local function open(pace, eligible)
   if request.rest == 'weighted' and not is_rank then
-    return { 'open', number(line.total), number(line.reference) }
+    return { 'open', string.format('%.17g', line.total), string.format('%.17g', line.reference) }
   end
   return { 'open', integer(request.rest == 'fresh' and pace.fresh or eligible), '0' }
 end
 
-local remembered = remembered_draw()
-if remembered then
-  if remembered[1] ~= ARGV[4] then
+-- The answer to a request that was answered before; nil = a new one.
+local function repeated()
+  local remembered = remembered_draw()
+  if not remembered then
+    return nil
+  elseif remembered[1] ~= ARGV[4] then
     return { 'conflict' }
   end
-  return remembered[3] == 'left' and { 'left' } or bodies(remembered[3])
+  return remembered[3] == 'left' and { 'left' } or { 'drawn', cmsgpack.pack(remembered[3]) }
 end
-work_in_full_memory()
-local clock = math.max(tonumber(request.learner_version), latest_version())
-if remove_overdue(clock) or weighting and (wake(clock) or move_clocks()) then
-  return { 'again' }
+
+-- The answer to a draw that must wait, or that a full table can never serve.
+local function refused(code, pace, eligible)
+  if code ~= 'no_fit' then
+    start_wait('learner', code)
+  end
+  if code == 'fresh' or code == 'weight' then -- rate_limiter.fresh_needed
+    set_stat('wanted_fresh', math.max(request.num_fresh, pace.fresh + request.num_groups - eligible))
+  end
+  if request.mode == 'leave' then
+    remember_draw('left')
+    return { 'left' }
+  end
+  return { code, integer(pace.sampleable), integer(pace.fresh), integer(eligible) }
 end
-local pace = read_pace()
-local eligible = request.rest == 'weighted' and redis.call('ZCARD', key('weighted')) or pace.sampleable
-local code = blocked(pace, eligible)
-if not code and request.mode == 'look' then
-  return open(pace, eligible)
-elseif not code then
+
+local function main()
+  local answered = repeated()
+  if answered then
+    return answered
+  end
+  work_in_full_memory()
+  read_stats('latest_version', 'inserted', 'removed:age_unsampled', 'removed:ttl_unsampled', 'sampled', 'wanted_fresh',
+    'no_room', 'learner_wait_code', 'learner_wait_since_s', 'learner_wait_last_s')
+  local clock = math.max(request.learner_version, latest_version())
+  if remove_overdue(clock) or weighting and (wake(clock) or move_clocks()) then
+    return { 'again' }
+  end
+  local pace = read_pace()
+  local eligible = request.rest == 'weighted' and redis.call('ZCARD', key('weighted')) or pace.sampleable
+  local code = blocked(pace, eligible)
+  if code then
+    return refused(code, pace, eligible)
+  elseif request.mode == 'look' then
+    return open(pace, eligible)
+  end
   end_wait('learner')
-  redis.call('HDEL', key('stats'), 'wanted_fresh', 'no_room')
+  set_stat('wanted_fresh', nil)
+  set_stat('no_room', nil)
   return draw(clock)
 end
-if code ~= 'no_fit' then
-  start_wait('learner', code)
-end
-if code == 'fresh' or code == 'weight' then -- rate_limiter.fresh_needed
-  local wanted = math.max(request.num_fresh, pace.fresh + request.num_groups - eligible)
-  redis.call('HSET', key('stats'), 'wanted_fresh', wanted)
-end
-if request.mode == 'leave' then
-  remember_draw('left')
-  return { 'left' }
-end
-return { code, integer(pace.sampleable), integer(pace.fresh), integer(eligible) }

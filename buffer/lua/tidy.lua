@@ -21,8 +21,10 @@ local function close_overdue_partials()
   return #overdue == BATCH
 end
 
-work_in_full_memory()
-forget_overdue()
-local more = remove_overdue(latest_version())
-more = close_overdue_partials() or more
-return { more and 1 or 0, unpack(redis.call('ZRANGE', key('sealed'), 0, SEALED - 1)) }
+local function main()
+  work_in_full_memory()
+  forget_overdue()
+  local more = remove_overdue(latest_version())
+  more = close_overdue_partials() or more
+  return { more and 1 or 0, unpack(redis.call('ZRANGE', key('sealed'), 0, SEALED - 1)) }
+end

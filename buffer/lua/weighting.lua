@@ -17,6 +17,7 @@ local FINEST = 2 ^ 40 -- time x total weight: beyond, neighbours on the line dif
 local DEEPEST_FALL = 2 ^ 20 -- of the total: 1e-16 of what it was must stay far below what it is
 
 local line = { time = 0, reference = 0, total = 0, peak = 0, top = 0, old_time = 0, old_reference = 0 }
+local changed_line = {} -- fields that finish.lua writes
 if weighting then
   local fields = redis.call('HGETALL', key('weighted_line'))
   for i = 1, #fields, 2 do
@@ -24,13 +25,8 @@ if weighting then
   end
 end
 
-local function number(value)
-  return string.format('%.17g', value)
-end
-
 local function set_line(field, value)
-  line[field] = value
-  redis.call('HSET', key('weighted_line'), field, number(value))
+  line[field], changed_line[field] = value, true
 end
 
 local function add_total(change)
@@ -40,35 +36,26 @@ local function add_total(change)
   end
 end
 
--- Padded, so that ties go to the oldest.
-local function member_of(sequence)
-  return string.format('%014.0f', tonumber(sequence))
-end
-
-local function sequence_of(member)
-  return integer(tonumber(member))
-end
-
--- `stored` is the field `weight` of a group: its weight, log2 of it where the weighting is recency.
+-- `stored` is the weight among the facts of a group: its weight, log2 of it where the weighting is recency.
 local function weight_of(stored, reference)
   if weighting.by == 'recency' then
     return 2 ^ math.max(-MAX_OCTAVES, math.min(MAX_OCTAVES, stored - reference))
   end
-  return tonumber(stored)
+  return stored
 end
 
 -- Enter a clock with `left` (weight x time) left; a group of weight 0 has none.
-local function start_clock(sequence, stored, left)
-  local weight = weight_of(stored, line.reference)
+local function start_clock(member, left)
+  local weight = weight_of(facts[member].weight, line.reference)
   if weight > 0 then
-    redis.call('ZADD', key('weighted'), number(line.time + left / weight), member_of(sequence))
+    redis.call('ZADD', key('weighted'), line.time + left / weight, member)
     add_total(weight)
   end
 end
 
 -- Take a clock out and return what is left of it; nil when there is none.
-local function stop_clock(sequence, stored)
-  local member = member_of(sequence)
+local function stop_clock(member)
+  local stored = facts[member].weight
   local score = redis.call('ZSCORE', key('weighted'), member)
   if score then
     local weight = weight_of(stored, line.reference)
@@ -84,22 +71,33 @@ local function stop_clock(sequence, stored)
   return nil
 end
 
+-- Split a reply WITHSCORES.
+local function members_and_scores(reply)
+  local members, scores = {}, {}
+  for i = 1, #reply, 2 do
+    members[#members + 1], scores[#scores + 1] = reply[i], tonumber(reply[i + 1])
+  end
+  return members, scores
+end
+
 -- Move clocks to the new time line; return whether more may be left.
 local function move_clocks()
-  local scored, moved, total = redis.call('ZRANGE', key('weighted_old'), 0, BATCH - 1, 'WITHSCORES'), {}, 0
-  for i = 1, #scored, 2 do
-    local stored = redis.call('HGET', group_key(sequence_of(scored[i])), 'weight')
-    local left = (tonumber(scored[i + 1]) - line.old_time) * weight_of(stored, line.old_reference)
+  local members, scores = members_and_scores(redis.call('ZRANGE', key('weighted_old'), 0, BATCH - 1, 'WITHSCORES'))
+  local moved, total = {}, 0
+  read_facts(members)
+  for i, member in ipairs(members) do
+    local stored = facts[member].weight
+    local left = (scores[i] - line.old_time) * weight_of(stored, line.old_reference)
     local weight = weight_of(stored, line.reference)
-    moved[i], moved[i + 1] = number(line.time + left / weight), scored[i]
+    moved[2 * i - 1], moved[2 * i] = line.time + left / weight, member
     total = total + weight
   end
-  if #scored > 0 then
-    redis.call('ZREMRANGEBYRANK', key('weighted_old'), 0, #scored / 2 - 1)
-    redis.call('ZADD', key('weighted'), unpack(moved))
+  if #members > 0 then
+    redis.call('ZREMRANGEBYRANK', key('weighted_old'), 0, #members - 1)
+    call_many('ZADD', 'weighted', moved)
     add_total(total)
   end
-  return #scored == 2 * BATCH
+  return #members == BATCH
 end
 
 local function start_over_if_worn()
@@ -120,30 +118,29 @@ local function start_over_if_worn()
 end
 
 -- Place a group by rank, behind the groups that are smaller by the negative of what ranks first.
-local function place_by_rank(sequence, priority, uses)
-  redis.call('ZADD', key('weighted'), number(weighting.decay_per_use * uses - priority), member_of(sequence))
+local function place_by_rank(member)
+  redis.call('ZADD', key('weighted'), weighting.decay_per_use * facts[member].uses - facts[member].weight, member)
 end
 
 -- Let the groups be drawn again whose cool-down is over; return whether more may be left.
 local function wake(clock)
   local members = redis.call('ZRANGEBYSCORE', key('resting'), '-inf', integer(clock), 'LIMIT', 0, BATCH)
+  read_facts(members)
   for _, member in ipairs(members) do
-    local sequence = sequence_of(member)
-    local fields = redis.call('HMGET', group_key(sequence), 'weight', 'uses')
     redis.call('ZREM', key('resting'), member)
-    place_by_rank(sequence, fields[1], fields[2])
+    place_by_rank(member)
   end
   return #members == BATCH
 end
 
--- Give a group another weight or priority; the lot counts if it had weight 0 before.
-local function reweigh(sequence, stored, lot)
-  local fields = redis.call('HMGET', group_key(sequence), 'weight', 'uses')
-  redis.call('HSET', group_key(sequence), 'weight', stored)
+-- Give a group, whose facts are read, another weight or priority; the lot counts if it had weight 0 before.
+local function reweigh(member, stored, lot)
+  local left = not is_rank and (stop_clock(member) or lot)
+  facts[member].weight, changed_facts[member] = stored, true
   if not is_rank then
-    start_clock(sequence, stored, stop_clock(sequence, fields[1]) or lot)
-  elseif redis.call('ZSCORE', key('weighted'), member_of(sequence)) then
-    place_by_rank(sequence, stored, fields[2])
+    start_clock(member, left)
+  elseif redis.call('ZSCORE', key('weighted'), member) then
+    place_by_rank(member)
   end
 end
 
@@ -156,8 +153,10 @@ end
 -- Weigh the stored groups of a prompt by what is known of it now.
 local function reweigh_prompt(prompt_id, stored)
   local siblings = key('prompt_groups:' .. prompt_id)
-  for _, sequence in ipairs(redis.call('ZREVRANGE', siblings, 0, MAX_REWEIGHED - 1)) do
-    reweigh(sequence, stored)
+  local newest = redis.call('ZREVRANGE', siblings, 0, MAX_REWEIGHED - 1)
+  read_facts(newest)
+  for _, member in ipairs(newest) do
+    reweigh(member, stored)
   end
   local left_behind = redis.call('ZCARD', siblings) - MAX_REWEIGHED
   if left_behind > 0 then
@@ -165,52 +164,51 @@ local function reweigh_prompt(prompt_id, stored)
   end
 end
 
--- Enter a new train group, whose hash exists; `prompt` = {seen, solved, ...} of its prompt, this group included.
-local function enter_weighted(sequence, group, prompt, lot)
+-- Enter a new train group, whose facts are there; `prompt` = {seen, solved, ...} of its prompt, this group included.
+local function enter_weighted(member, group, prompt)
   if not weighting then
     return
   end
   local stored = line.top > 0 and line.top or 1
   if weighting.by == 'recency' then
-    stored = tonumber(group.oldest or math.max(0, latest_version())) / weighting.half_life_updates
+    stored = (group.oldest or math.max(0, latest_version())) / weighting.half_life_updates
   elseif weighting.by == 'difficulty' then
     stored = difficulty(prompt)
-    reweigh_prompt(group.prompt_id, number(stored))
-    redis.call('ZADD', key('prompt_groups:' .. group.prompt_id), sequence, sequence)
+    reweigh_prompt(group.prompt_id, stored)
+    redis.call('ZADD', key('prompt_groups:' .. group.prompt_id), member, member)
   end
-  redis.call('HSET', group_key(sequence), 'weight', number(stored))
+  facts[member].weight = stored
   if is_rank then
-    place_by_rank(sequence, stored, 0)
+    place_by_rank(member)
   else
-    start_clock(sequence, stored, tonumber(lot))
+    start_clock(member, group.lot)
   end
 end
 
 -- Note one use of a group, whichever selector it came by.
-local function use_weighted(sequence, uses, clock)
+local function use_weighted(member, clock)
   if not is_rank then
     return
   elseif weighting.cool_down_updates == 0 then
-    place_by_rank(sequence, redis.call('HGET', group_key(sequence), 'weight'), uses)
+    place_by_rank(member)
   else
-    redis.call('ZREM', key('weighted'), member_of(sequence))
-    redis.call('ZADD', key('resting'), integer(clock + weighting.cool_down_updates), member_of(sequence))
+    redis.call('ZREM', key('weighted'), member)
+    redis.call('ZADD', key('resting'), integer(clock + weighting.cool_down_updates), member)
   end
 end
 
 -- See common.lua.
-leave_weighted = function(sequence)
+leave_weighted = function(member, prompt_id)
   if not weighting then
     return
   end
-  local stored, prompt_id = unpack(redis.call('HMGET', group_key(sequence), 'weight', 'prompt_id'))
   if is_rank then
-    redis.call('ZREM', key('weighted'), member_of(sequence))
-    redis.call('ZREM', key('resting'), member_of(sequence))
+    redis.call('ZREM', key('weighted'), member)
+    redis.call('ZREM', key('resting'), member)
   else
-    stop_clock(sequence, stored)
+    stop_clock(member)
   end
   if weighting.by == 'difficulty' then
-    redis.call('ZREM', key('prompt_groups:' .. prompt_id), sequence)
+    redis.call('ZREM', key('prompt_groups:' .. prompt_id), member)
   end
 end
