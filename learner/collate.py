@@ -4,7 +4,7 @@ Legend: B trajectories, S sequence positions (prompt + response), T response pos
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -53,6 +53,16 @@ class Batch:
     keys: tuple[tuple[str, str], ...]  # B entries: group_id, trajectory_id
     group_ages_updates: tuple[int | None, ...]  # G entries; None for foreign groups
     times_sampled: tuple[int, ...]  # G entries, this draw included
+    probabilities: tuple[float, ...]  # G entries: chance of each group in one draw
+
+    def aged(self, updates: int) -> "Batch":
+        """Return the batch as it is so many updates of the learner's clock later."""
+        own = self.age_updates != NO_AGE
+        return replace(
+            self,
+            age_updates=torch.where(own, self.age_updates + updates, NO_AGE),
+            group_ages_updates=tuple(None if age is None else age + updates for age in self.group_ages_updates),
+        )
 
 
 def collate(samples: Sequence[Sample], *, clock: PolicyVersion) -> Batch:
@@ -79,6 +89,7 @@ def collate(samples: Sequence[Sample], *, clock: PolicyVersion) -> Batch:
         keys=tuple((groups[index].group_id, t.trajectory_id) for index, t in rows),
         group_ages_updates=tuple(age_updates(group, clock) for group in groups),
         times_sampled=tuple(sample.info.times_sampled for sample in samples),
+        probabilities=tuple(sample.info.probability for sample in samples),
     )
 
 

@@ -9,6 +9,18 @@ class NonFiniteGradient(StalewiseError, ArithmeticError):
     exit_code = 4
 
 
+class GradientSpike(StalewiseError, ArithmeticError):
+    """A gradient is far longer than those before it; the weights were left as they were."""
+
+    exit_code = 4
+
+
+class TooManySkips(StalewiseError):
+    """So many updates in a row were skipped that the run gets nowhere."""
+
+    exit_code = 4
+
+
 class TrustRegionClosed(StalewiseError):
     """A gate closed every token for so many updates that the run learns nothing any more."""
 

@@ -12,17 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from buffer.errors import InvalidSettings, ServiceUnreachable, StoreUnavailable
+from buffer.errors import InvalidSettings, ServiceUnreachable, StalewiseError, StoreUnavailable
 from buffer.table import Wait
 from buffer.trained import TrainedGroup
-from buffer.types import Sample
 from learner.admission import Admission
 from learner.checkpoint import Checkpoints
 from learner.collate import collate
+from learner.errors import TooManySkips
 from learner.publisher import Publisher, take_snapshot
-from learner.sampling import Prefetcher
+from learner.sampling import Draw, Prefetcher
 from learner.settings import LearnerSettings
-from learner.step import Progress, Trainer
+from learner.step import SKIPPED, Progress, Trainer
 from learner.trained import trained_groups
 
 log = logging.getLogger(__name__)
@@ -93,6 +93,8 @@ class LearnerLoop:
         self._stop = stop
         self._now = now
         self._dropped: Counter[str] = Counter()
+        self._mishaps: Counter[str] = Counter()
+        self._skipped_in_a_row = 0
         self._published_clock = -1
         self._saved_updates = -1
 
@@ -114,31 +116,31 @@ class LearnerLoop:
     def _train(self) -> None:
         with self._prefetcher:
             began_s = self._now()
-            while not self._done() and (samples := self._next_batch(began_s)):
-                self._update(samples, waited_s=self._now() - began_s)
+            while not self._done() and (draw := self._next_batch(began_s)) is not None:
+                self._update(draw, waited_s=self._now() - began_s)
                 began_s = self._now()
         log.info("%s after %d updates", "done" if self._done() else "told to stop", self._trainer.progress.updates)
 
     def _done(self) -> bool:
         return self._trainer.progress.updates >= self._settings.total_updates
 
-    def _next_batch(self, began_s: float) -> list[Sample]:
-        """Wait for a batch that may be trained on; [] when told to stop.
+    def _next_batch(self, began_s: float) -> Draw | None:
+        """Wait for a batch that may be trained on; None when told to stop.
 
         A batch of which groups were dropped is short: waiting for others would only age the rest.
         """
         next_report_s = SILENT_WAIT_S
         while not self._stop.is_set():
             drawn = self._take()
-            if drawn is not None and (admitted := self._admit(drawn)):
+            if drawn is not None and (admitted := self._admit(drawn)) is not None:
                 return admitted
             waited_s = self._now() - began_s
             if waited_s >= next_report_s:
                 self._report_wait(waited_s)
                 next_report_s = (waited_s // self._settings.stall_s + 1) * self._settings.stall_s
-        return []
+        return None
 
-    def _take(self) -> list[Sample] | None:
+    def _take(self) -> Draw | None:
         try:
             return self._prefetcher.take(timeout_s=POLL_S)
         except (ServiceUnreachable, StoreUnavailable):
@@ -146,24 +148,33 @@ class LearnerLoop:
                 return None  # the stop ended the retries
             raise
 
-    def _admit(self, drawn: list[Sample]) -> list[Sample]:
-        admitted, refused, sentences = self._admission.split(drawn, clock=self._trainer.progress.clock)
+    def _admit(self, drawn: Draw) -> Draw | None:
+        """Return the groups that may be trained on, at their age of now; None when there are none."""
+        clock = self._trainer.progress.clock
+        admitted, refused, sentences = self._admission.split(drawn.samples, clock=clock)
         self._dropped.update({f"dropped/{refusal.value}_groups_total": count for refusal, count in refused.items()})
         for sentence in sentences:
             log.warning("%s", sentence)
-        return admitted
+        if not refused:
+            return Draw(drawn.samples, drawn.batch.aged(clock - drawn.clock), clock)
+        return Draw(admitted, collate(admitted, clock=clock), clock) if admitted else None
 
     def _report_wait(self, waited_s: float) -> None:
         reason = (
             f"the learner waits for a batch of {self._settings.groups_per_update} groups: {self._prefetcher.reason}"
         )
         stalled = waited_s >= self._settings.stall_s
+        self._mishaps["stall/warnings_total"] += stalled
         log.log(logging.WARNING if stalled else logging.INFO, "%s (for %.0f s)", reason, waited_s)
         self._reporter.waiting(self._trainer.progress, Wait(who="learner", since_s=waited_s, reason=reason))
 
-    def _update(self, samples: list[Sample], *, waited_s: float) -> None:
-        clock = self._trainer.progress.clock
-        metrics = self._trainer.update(collate(samples, clock=clock))
+    def _update(self, draw: Draw, *, waited_s: float) -> None:
+        try:
+            metrics = self._trainer.update(draw.batch)
+        except tuple(SKIPPED) as error:
+            self._skip(error)
+            return
+        self._skipped_in_a_row = 0
         stepped_s = self._now()
         if self._trainer.progress.updates % self._settings.publish_every == 0:
             self._publish()
@@ -176,9 +187,20 @@ class LearnerLoop:
             "time/checkpoint_s": self._now() - published_s,
         }
         trained = trained_groups(
-            samples, self._trainer.log_ratios, clock=clock, max_tokens=self._settings.report_tokens
+            draw.samples, self._trainer.log_ratios, clock=draw.clock, max_tokens=self._settings.report_tokens
         )
-        self._reporter.update(self._trainer.progress, {**metrics, **self._dropped, **times}, trained)
+        self._reporter.update(self._trainer.progress, {**metrics, **self._dropped, **self._mishaps, **times}, trained)
+
+    def _skip(self, error: StalewiseError) -> None:
+        """Count an update that moved nothing; its batch is spent. Raises TooManySkips."""
+        self._mishaps[f"skipped/{SKIPPED[type(error)]}_updates_total"] += 1
+        self._skipped_in_a_row += 1
+        log.warning("update %d is skipped: %s", self._trainer.progress.updates, error)
+        if self._skipped_in_a_row >= self._settings.max_skipped_updates:
+            raise TooManySkips(
+                f"{self._skipped_in_a_row} updates in a row were skipped, the last one because {error.detail}",
+                hint=error.hint or "resume from the checkpoint before with a lower learner.optimizer.lr",
+            ) from error
 
     def _publish(self) -> None:
         clock = self._trainer.progress.clock

@@ -130,14 +130,20 @@ class Policy:
             leaf.requires_grad_()
         return Forward(scores=scores, rows=sets, live=live)
 
-    def backward(self, batch: Batch, forward: Forward, loss: Tensor) -> None:
+    def backward(self, batch: Batch, forward: Forward, loss: Tensor, *, row_weights: Tensor | None = None) -> None:
         """Add the gradient of `loss` [] to the parameters: exact, however many micro-batches there are.
+
+        `row_weights` [B] scale the share of each trajectory: exact for a loss that is a sum over groups.
 
         The loss is differentiated to the scores first; then each micro-batch takes its share on to the parameters.
         Trajectories whose scores have no gradient (all gated, or no advantage) are not run again.
         """
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         gradients = {name: leaf.grad for name, leaf in _differentiable(forward.scores).items() if leaf.grad is not None}
+        if row_weights is not None:
+            for of_scores in gradients.values():
+                weights = row_weights.to(of_scores.device)
+                of_scores *= weights if of_scores.dim() == 1 else weights[:, None]
         last = _of_tokens(batch, forward.rows[-1], gradients)
         torch.autograd.backward([forward.live[name] for name in last], list(last.values()))
         moving = torch.zeros(len(batch.keys), dtype=torch.bool)

@@ -3,7 +3,7 @@
 Legend: B trajectories, T response positions.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -23,6 +23,10 @@ class _Terms:
     logprobs: Tensor  # [trained tokens] float32, temperature 1
     first_logit: Tensor  # [] float32, raw
 
+    @property
+    def nbytes(self) -> int:
+        return self.logprobs.nbytes + self.first_logit.nbytes
+
 
 class Reference:
     """A frozen policy and the terms it gave, least recently used dropped first."""
@@ -33,6 +37,12 @@ class Reference:
         self._cache_bytes = cache_bytes
         self._cached: OrderedDict[tuple[str, str], _Terms] = OrderedDict()
         self._cached_bytes = 0
+        self._counts: Counter[str] = Counter(hits=0, misses=0, evictions=0)
+
+    def metrics(self) -> dict[str, float]:
+        """Return how the cache did since the learner started, by trajectories, and what it holds now."""
+        counts = {f"reference/cache_{name}_total": float(count) for name, count in self._counts.items()}
+        return {**counts, "reference/cache_bytes": float(self._cached_bytes)}
 
     def reset(self, policy: Policy, *, reference_id: str) -> None:
         """Become a copy of `policy`."""
@@ -49,6 +59,7 @@ class Reference:
         """Return reference_logprobs [B, T], 0 behind the mask, and reference_first_logit [B], both on the CPU."""
         terms = {row: self._cached[key] for row, key in enumerate(batch.keys) if key in self._cached}
         missing = [row for row in range(len(batch.keys)) if row not in terms]
+        self._counts.update(hits=len(terms), misses=len(missing))
         terms |= self._compute(batch, missing)
         logprobs = torch.zeros(batch.mask.shape)
         for row, term in terms.items():
@@ -69,9 +80,10 @@ class Reference:
     def _remember(self, batch: Batch, terms: dict[int, _Terms]) -> None:
         for row, key in enumerate(batch.keys):
             if key not in self._cached:
-                self._cached_bytes += terms[row].logprobs.nbytes
+                self._cached_bytes += terms[row].nbytes
             self._cached[key] = terms[row]
             self._cached.move_to_end(key)
         while self._cached_bytes > self._cache_bytes:
             _, dropped = self._cached.popitem(last=False)
-            self._cached_bytes -= dropped.logprobs.nbytes
+            self._cached_bytes -= dropped.nbytes
+            self._counts["evictions"] += 1

@@ -4,12 +4,14 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from buffer.selectors import Selector
 from buffer.table import SampleRequest, TableStats
 from buffer.types import PolicyVersion, Sample
+from learner.collate import Batch, collate
 from learner.settings import LearnerSettings
 
 log = logging.getLogger(__name__)
@@ -27,6 +29,16 @@ def selector_schedule(settings: LearnerSettings, *, updates_done: int) -> Iterat
     while True:
         yield settings.selector if draw % period == 0 else settings.replay_selector
         draw += 1
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What the table handed out, and the same as a batch: decoded and padded while the step before ran."""
+
+    samples: list[Sample]
+    batch: Batch
+    clock: PolicyVersion
+    """The learner's clock that the ages of the batch are measured against."""
 
 
 class Prefetcher:
@@ -59,7 +71,7 @@ class Prefetcher:
         self._why_empty = "no answer yet"
         self._left = threading.Event()
         self._tickets = threading.Semaphore(settings.prefetch_batches)
-        self._batches: queue.Queue[list[Sample] | Exception] = queue.Queue()
+        self._batches: queue.Queue[Draw | Exception] = queue.Queue()
         self._owed = 0  # tickets that `take` gave and has no batch for yet
         self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
 
@@ -73,7 +85,7 @@ class Prefetcher:
         self._left.set()
         self._tickets.release()
         self._thread.join(timeout=2 * self._settings.sample_timeout_s)
-        unused = sum(len(batch) for batch in self._batches.queue if isinstance(batch, list))
+        unused = sum(len(draw.samples) for draw in self._batches.queue if isinstance(draw, Draw))
         if unused:
             log.info("%d groups were drawn ahead and are not trained on", unused)
 
@@ -85,7 +97,7 @@ class Prefetcher:
             return f"the service has not answered for {silent_s:.0f} s"
         return self._why_empty
 
-    def take(self, *, timeout_s: float) -> list[Sample] | None:
+    def take(self, *, timeout_s: float) -> Draw | None:
         """Return the next batch, or None when there is none in time. Raises what drawing it raised."""
         if not self._owed:
             self._owed = 1
@@ -104,16 +116,16 @@ class Prefetcher:
             self._tickets.acquire()
             self._answered_s = self._now()  # silence counts from the first request of a draw
             try:
-                batch = self._draw(f"{self._request_prefix}-{number}", selector)
+                draw = self._draw(f"{self._request_prefix}-{number}", selector)
             except Exception as error:  # noqa: BLE001 the learner would wait for ever for a thread that died in silence
                 self._batches.put(error)
                 return
-            if not batch:
+            if draw is None:
                 return
-            self._batches.put(batch)
+            self._batches.put(draw)
 
-    def _draw(self, request_id: str, selector: Selector) -> list[Sample]:
-        """Ask until the table hands out a batch; [] when the context was left meanwhile."""
+    def _draw(self, request_id: str, selector: Selector) -> Draw | None:
+        """Ask until the table hands out a batch; None when the context was left meanwhile."""
         # one request for all attempts: a draw whose answer was lost is given again, and only to the same request
         request = SampleRequest(
             num_groups=self._settings.groups_per_update,
@@ -122,12 +134,13 @@ class Prefetcher:
             selector=selector,
         )
         while not self._left.is_set():
-            if batch := self._draw_batch(request):
-                return batch
+            if samples := self._draw_batch(request):
+                clock = self._clock()
+                return Draw(samples, collate(samples, clock=clock), clock)
             self._why_empty = _why_empty(self._stats())
             self._answered_s = self._now()
             self._left.wait(EMPTY_ANSWER_PAUSE_S)
-        return []
+        return None
 
 
 def _why_empty(stats: TableStats) -> str:

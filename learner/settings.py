@@ -19,6 +19,9 @@ class OptimizerSettings(Settings):
     """Decoupled decay a step, times lr. 0: RL starts from a good model, and decay moves ReVal's value (its logits)."""
     grad_clip_norm: Annotated[float, Field(gt=0)] = 1.0
     """Largest gradient norm over all parameters; longer gradients are scaled down to it."""
+    spike_factor: Annotated[float, Field(gt=1)] | None = 30.0
+    """An update is skipped when its gradient norm is this many times the median of the last 64. 30: clipping copes with
+    less, and a sound batch does not give more. None = never."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How lr goes on after the warm-up; linear and cosine reach 0 after `total_updates`."""
     warmup_updates: Annotated[int, Field(ge=0)] = 20
@@ -96,6 +99,12 @@ class LearnerSettings(Settings):
     micro_batch_tokens: Annotated[int, Field(ge=1)] = 16_384
     """Prompt and response tokens in one forward pass, packed without padding; the loss is exact for any value. Bounds
     memory. A longer sequence is run alone."""
+    sampler_correction: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Exponent of the importance weights 1 / (N p) by which the groups of a weighted selector count. 1: the gradient is
+    that of uniform draws, only less noisy where the weights are well chosen; 0: groups count as often as they are
+    drawn, a curriculum. Other selectors know no weights."""
+    max_skipped_updates: Annotated[int, Field(ge=1)] = 10
+    """Updates in a row that may be skipped for numbers that are not finite or a gradient spike before the run stops."""
     max_closed_updates: Annotated[int, Field(ge=1)] = 10
     """Updates in a row in which a gate closes every token before the run stops: it learns nothing any more."""
     device: str = "cpu"

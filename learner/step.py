@@ -10,24 +10,36 @@ from dataclasses import dataclass, replace
 import torch
 from pydantic import JsonValue, TypeAdapter
 
-from buffer.errors import InvalidSettings
+from buffer.errors import InvalidSettings, StalewiseError
 from buffer.types import PolicyVersion
 from learner.collate import Batch
-from learner.errors import NonFiniteGradient, TrustRegionClosed
+from learner.errors import GradientSpike, NonFiniteGradient, TrustRegionClosed
+from learner.importance import importance_weights
 from learner.metrics import batch_metrics
+from learner.objectives.composition import NonFiniteLoss
 from learner.objectives.objective import Loss, Objective
 from learner.optimizer import learning_rate, make_optimizer
 from learner.policy import Forward, Policy
 from learner.reference import REFERENCE_COLUMNS, Reference
 from learner.scoring import available_divergences
 from learner.settings import LearnerSettings
-from learner.tokens import DIVERGENCES, Tokens
+from learner.spikes import SpikeGuard
+from learner.tokens import DIVERGENCES, NonFiniteTokens, Tokens
 
 Diagnose = Callable[[Tokens, Loss], Mapping[str, float]]
 """What is worth knowing about a batch and its loss, by metric name (learner.objectives.diagnostics)."""
 
 
+SKIPPED: Mapping[type[StalewiseError], str] = {
+    NonFiniteTokens: "non_finite_tokens",
+    NonFiniteLoss: "non_finite_loss",
+    NonFiniteGradient: "non_finite_gradient",
+    GradientSpike: "gradient_spike",
+}
+"""What an update is skipped for, and the name that it is counted under."""
+
 _CLOSED_UPDATES = TypeAdapter(dict[str, int])
+_NORMS = TypeAdapter(list[float])
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +76,12 @@ class Trainer:
         self._diagnose = diagnose
         self._now = now
         self._closed_updates: dict[str, int] = {}
+        self._spikes = SpikeGuard(settings.optimizer.spike_factor)
 
     def update(self, batch: Batch) -> dict[str, float]:
         """Move the weights by one batch and return the metrics of the update.
 
-        Raises NonFiniteGradient and what the objective raises, with weights, clock and multipliers as before;
+        Raises one of SKIPPED with weights, optimiser, clock and multipliers as before;
         TrustRegionClosed after the last of too many updates in which a gate closed every token.
         """
         started_s = self._now()
@@ -79,7 +92,8 @@ class Trainer:
         loss = self.objective(tokens, self.multipliers)
         forward_s = self._now()
         self.optimizer.zero_grad()
-        self.policy.backward(batch, forward, loss.total)
+        weights = importance_weights(batch.probabilities, self._settings.sampler_correction)
+        self.policy.backward(batch, forward, loss.total, row_weights=None if weights is None else weights[batch.group])
         backward_s = self._now()
         gradient_norm, lr = self._descend(loss)
         detached = _detached(tokens)
@@ -95,6 +109,8 @@ class Trainer:
         return {
             **diagnoses,
             **batch_metrics(batch),
+            **({} if self.reference is None else self.reference.metrics()),
+            "sampler/weight_max": 1.0 if weights is None else float(weights.max()),
             "loss/total": loss.total.item(),
             **{f"loss/{name}": part.item() for name, part in loss.parts.items()},
             **{f"multiplier/{name}": value for name, value in used.items()},
@@ -107,7 +123,7 @@ class Trainer:
 
     def trackers(self) -> dict[str, JsonValue]:
         """Return what is remembered from update to update beside weights, optimiser and multipliers."""
-        return {"closed_updates": dict(self._closed_updates)}
+        return {"closed_updates": dict(self._closed_updates), "gradient_norms": [*self._spikes.norms]}
 
     def restore(self, *, progress: Progress, multipliers: dict[str, float], trackers: Mapping[str, JsonValue]) -> None:
         """Take over the counters of a checkpoint. Raises InvalidSettings when it was made with another objective."""
@@ -120,6 +136,7 @@ class Trainer:
         self.progress = progress
         self.multipliers = multipliers
         self._closed_updates = _CLOSED_UPDATES.validate_python(trackers["closed_updates"])
+        self._spikes.restore(_NORMS.validate_python(trackers["gradient_norms"]))
 
     def tokens(self, batch: Batch, forward: Forward) -> Tokens:
         """Join the data, the scores and the reference columns to the record that the objective reads."""
@@ -148,6 +165,7 @@ class Trainer:
         ).item()
         if not math.isfinite(norm):
             raise self._non_finite(loss)
+        self._spikes.admit(norm)
         lr = learning_rate(
             self._settings.optimizer,
             updates_done=self.progress.updates,
@@ -168,7 +186,7 @@ class Trainer:
         return NonFiniteGradient(
             f"update {self.progress.updates}: the gradient of {len(bad)} parameters is not finite, first "
             f"{bad[0] if bad else 'none (their norm overflows)'} (loss {float(loss.total.detach()):g}: {parts})",
-            hint="lower learner.optimizer.lr or the coefficient of the largest part, and resume from the checkpoint",
+            hint="lower learner.optimizer.lr or the coefficient of the largest part",
         )
 
     def _watch_gates(self, loss: Loss, tokens: Tokens) -> None:

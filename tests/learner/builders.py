@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from buffer.types import Group, Sample, SampleInfo, SamplingSettings, Trajectory
 from learner.objectives.diagnostics import diagnose
 from learner.objectives.objective import Objective
-from learner.policy import Policy
+from learner.policy import FLOAT32, Policy
 from learner.settings import ComputeSettings, LearnerSettings, OptimizerSettings
 from learner.step import Trainer
 from tests.factories import make_group, make_trajectory
@@ -38,8 +38,8 @@ def save_tiny_model(directory: Path) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
 
 
-def as_sample(group: Group, *, times_sampled: int = 1, age_updates: int | None = 0) -> Sample:
-    info = SampleInfo(probability=1.0, times_sampled=times_sampled, age_updates=age_updates)
+def as_sample(group: Group, *, times_sampled: int = 1, age_updates: int | None = 0, probability: float = 1.0) -> Sample:
+    info = SampleInfo(probability=probability, times_sampled=times_sampled, age_updates=age_updates)
     return Sample(group=group, info=info)
 
 
@@ -92,8 +92,8 @@ def plain_samples(seed: int, *, num_groups: int = 2) -> list[Sample]:
     return samples
 
 
-def make_policy(model_dir: Path, *, micro_batch_tokens: int = 10_000) -> Policy:
-    return Policy.load(model_dir, device="cpu", micro_batch_tokens=micro_batch_tokens, compute=ComputeSettings())
+def make_policy(model_dir: Path, *, micro_batch_tokens: int = 10_000, compute: ComputeSettings = FLOAT32) -> Policy:
+    return Policy.load(model_dir, device="cpu", micro_batch_tokens=micro_batch_tokens, compute=compute)
 
 
 def make_trainer(
@@ -104,15 +104,19 @@ def make_trainer(
     micro_batch_tokens: int = 10_000,
     reference_reset_every: int | None = None,
     max_closed_updates: int = 1_000,
+    sampler_correction: float = 1.0,
+    compute: ComputeSettings = FLOAT32,
 ) -> Trainer:
     settings = LearnerSettings(
         optimizer=OptimizerSettings(lr=lr, warmup_updates=4, schedule="linear"),
         total_updates=40,
         reference_reset_every=reference_reset_every,
         max_closed_updates=max_closed_updates,
+        sampler_correction=sampler_correction,
+        compute=compute,
     )
     return Trainer(
-        policy=make_policy(model_dir, micro_batch_tokens=micro_batch_tokens),
+        policy=make_policy(model_dir, micro_batch_tokens=micro_batch_tokens, compute=compute),
         objective=whole(objective) if isinstance(objective, str) else objective,
         settings=settings,
         diagnose=diagnose,

@@ -50,7 +50,7 @@ class _Reporter:
             self.stop.set()
 
 
-class _Rig:
+class LoopRig:
     """A learner over a MemoryTable whose version follows the weight store, as a service's does."""
 
     def __init__(self, model_dir: Path, tmp_path: Path, *, settings: LearnerSettings, gate: int | None = None) -> None:
@@ -96,7 +96,7 @@ class _Rig:
         )
 
 
-def _settings(**changes: object) -> LearnerSettings:
+def loop_settings(**changes: object) -> LearnerSettings:
     return LearnerSettings.model_validate(
         {
             "groups_per_update": 2,
@@ -109,7 +109,7 @@ def _settings(**changes: object) -> LearnerSettings:
 
 
 def test_version_0_is_published_before_anything_and_each_update_after_it(model_dir: Path, tmp_path: Path) -> None:
-    rig = _Rig(model_dir, tmp_path, settings=_settings())
+    rig = LoopRig(model_dir, tmp_path, settings=loop_settings())
     rig.table.advance_version(0)
     rig.insert(make_group("a"), make_group("b"))
 
@@ -122,7 +122,7 @@ def test_version_0_is_published_before_anything_and_each_update_after_it(model_d
 
 
 def test_versions_may_have_gaps_but_the_last_one_is_always_published(model_dir: Path, tmp_path: Path) -> None:
-    rig = _Rig(model_dir, tmp_path, settings=_settings(publish_every=3, checkpoint_every=2))
+    rig = LoopRig(model_dir, tmp_path, settings=loop_settings(publish_every=3, checkpoint_every=2))
     rig.table.advance_version(0)
     rig.insert(make_group("a"), make_group("b"))
 
@@ -133,7 +133,7 @@ def test_versions_may_have_gaps_but_the_last_one_is_always_published(model_dir: 
 
 
 def test_a_learner_without_data_says_what_it_waits_for_and_stops_when_told(model_dir: Path, tmp_path: Path) -> None:
-    rig = _Rig(model_dir, tmp_path, settings=_settings())
+    rig = LoopRig(model_dir, tmp_path, settings=loop_settings())
     rig.reporter.stop_at_wait = True
 
     rig.loop().run()
@@ -147,7 +147,7 @@ def test_a_learner_without_data_says_what_it_waits_for_and_stops_when_told(model
 
 
 def test_a_stop_finishes_the_step_publishes_and_saves(model_dir: Path, tmp_path: Path) -> None:
-    rig = _Rig(model_dir, tmp_path, settings=_settings(total_updates=1_000, publish_every=100))
+    rig = LoopRig(model_dir, tmp_path, settings=loop_settings(total_updates=1_000, publish_every=100))
     rig.table.advance_version(0)
     rig.insert(make_group("a"), make_group("b"))
     rig.reporter.stop_after = 3
@@ -163,8 +163,8 @@ def test_groups_that_aged_over_the_gate_while_prefetched_are_dropped_and_counted
     model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The third batch was drawn within the gate of 1 update; when its turn comes its data are 2 updates old."""
-    rig = _Rig(
-        model_dir, tmp_path, settings=_settings(prefetch_batches=2, groups_per_update=1, total_updates=3), gate=1
+    rig = LoopRig(
+        model_dir, tmp_path, settings=loop_settings(prefetch_batches=2, groups_per_update=1, total_updates=3), gate=1
     )
     rig.table.advance_version(0)
     rig.insert(*(make_group(f"g{number}", version=0) for number in range(8)))
@@ -208,7 +208,7 @@ def test_data_that_the_model_cannot_read_is_refused_by_name() -> None:
 
 
 def test_one_fresh_batch_is_followed_by_replayed_ones_also_after_a_resume() -> None:
-    settings = _settings(selector={"kind": "fresh"}, replay_updates=2, replay_selector={"kind": "uniform"})
+    settings = loop_settings(selector={"kind": "fresh"}, replay_updates=2, replay_selector={"kind": "uniform"})
 
     begun, resumed = selector_schedule(settings, updates_done=0), selector_schedule(settings, updates_done=4)
 
@@ -218,18 +218,18 @@ def test_one_fresh_batch_is_followed_by_replayed_ones_also_after_a_resume() -> N
 
 def test_replay_cannot_ask_for_groups_that_were_never_handed_out() -> None:
     with pytest.raises(ValueError, match="replay_selector is `fresh`"):
-        _settings(replay_selector={"kind": "fresh"}, replay_updates=1)
+        loop_settings(replay_selector={"kind": "fresh"}, replay_updates=1)
 
 
 def test_every_draw_has_its_own_request_and_keeps_it_while_it_waits(model_dir: Path, tmp_path: Path) -> None:
-    rig = _Rig(model_dir, tmp_path, settings=_settings(total_updates=2, prefetch_batches=0))
+    rig = LoopRig(model_dir, tmp_path, settings=loop_settings(total_updates=2, prefetch_batches=0))
     rig.reporter.stop_at_wait = True
     rig.loop().run()
     assert len({(request.request_id, request.learner_version) for request in rig.requests}) == 1 < len(rig.requests)
 
 
 def test_without_prefetch_a_batch_is_drawn_when_the_step_before_is_done(model_dir: Path, tmp_path: Path) -> None:
-    rig = _Rig(model_dir, tmp_path, settings=_settings(total_updates=3, prefetch_batches=0))
+    rig = LoopRig(model_dir, tmp_path, settings=loop_settings(total_updates=3, prefetch_batches=0))
     rig.table.advance_version(0)
     rig.insert(make_group("a"), make_group("b"))
 
@@ -241,7 +241,7 @@ def test_without_prefetch_a_batch_is_drawn_when_the_step_before_is_done(model_di
 
 @pytest.mark.parametrize("told_to_stop", [False, True])
 def test_a_service_that_stays_away_costs_no_work(model_dir: Path, tmp_path: Path, told_to_stop: bool) -> None:
-    rig = _Rig(model_dir, tmp_path, settings=_settings(total_updates=1_000, prefetch_batches=0))
+    rig = LoopRig(model_dir, tmp_path, settings=loop_settings(total_updates=1_000, prefetch_batches=0))
     rig.table.advance_version(0)
     rig.insert(make_group("a"), make_group("b"))
     served = rig.table.sample
@@ -265,7 +265,7 @@ def test_a_service_that_stays_away_costs_no_work(model_dir: Path, tmp_path: Path
 
 @pytest.mark.timeout(30)
 def test_a_defect_in_a_draw_ends_the_run_instead_of_leaving_it_to_wait(model_dir: Path, tmp_path: Path) -> None:
-    rig = _Rig(model_dir, tmp_path, settings=_settings())
+    rig = LoopRig(model_dir, tmp_path, settings=loop_settings())
 
     def defect(request: SampleRequest) -> list[Sample]:
         raise RuntimeError("a defect")
@@ -276,7 +276,7 @@ def test_a_defect_in_a_draw_ends_the_run_instead_of_leaving_it_to_wait(model_dir
 
 
 def test_a_run_goes_on_above_the_latest_version_and_publishes_at_once(model_dir: Path, tmp_path: Path) -> None:
-    first = _Rig(model_dir, tmp_path, settings=_settings(total_updates=5, checkpoint_every=2))
+    first = LoopRig(model_dir, tmp_path, settings=loop_settings(total_updates=5, checkpoint_every=2))
     first.table.advance_version(0)
     first.insert(make_group("a"), make_group("b"))
     first.reporter.stop_after = 3
@@ -285,7 +285,7 @@ def test_a_run_goes_on_above_the_latest_version_and_publishes_at_once(model_dir:
         path.unlink()
     (tmp_path / "update-00000003").rmdir()  # as if it had been killed before the last checkpoint
 
-    second = _Rig(model_dir, tmp_path, settings=first.settings)
+    second = LoopRig(model_dir, tmp_path, settings=first.settings)
     second.table, second.store = first.table, first.store
     second.publisher = first.publisher
     with pytest.raises(InvalidSettings, match=r"begun before: latest published version 3.*--resume"):
@@ -301,7 +301,7 @@ def test_a_run_goes_on_above_the_latest_version_and_publishes_at_once(model_dir:
 
 
 def test_a_new_run_starts_at_0_whether_or_not_it_may_resume(model_dir: Path, tmp_path: Path) -> None:
-    rig = _Rig(model_dir, tmp_path, settings=_settings())
+    rig = LoopRig(model_dir, tmp_path, settings=loop_settings())
     for resume in (False, True):
         take_up(rig.trainer, rig.checkpoints, rig.publisher, resume=resume)
     assert rig.trainer.progress == Progress(0, 0)

@@ -9,6 +9,7 @@ from learner.collate import collate
 from learner.objectives.acceptance import THRESHOLDS
 from learner.objectives.diagnostics import AGE_BUCKETS, diagnose
 from learner.objectives.recipes import RECIPES, build_objective
+from learner.step import SKIPPED
 from learner.tokens import DIVERGENCES, Column, Tokens
 from tests.learner.builders import make_trainer, plain_samples
 from tests.learner.documented import never_seen, parts, patterns, undocumented
@@ -24,6 +25,8 @@ VARIANTS: dict[str, dict[str, object]] = {
 EMITTED_BY_THE_PROCESS = {
     *(f"time/{name}_s" for name in ("sample_wait", "publish", "checkpoint")),
     *(f"dropped/{refusal.value}_groups_total" for refusal in Refusal),
+    *(f"skipped/{name}_updates_total" for name in SKIPPED.values()),
+    "stall/warnings_total",
     "report/lost_total",
 }
 """By the loop and the service around an update: tests/services holds the lines of a real learner against the table."""
@@ -71,6 +74,7 @@ def test_every_documented_part_of_a_name_occurs() -> None:
             assert names & {pattern.format(value) + proof for proof in proofs}, f"{part} {value} is documented only"
     assert parts()["threshold"] == [f"{threshold:g}".replace(".", "_") for threshold in THRESHOLDS]
     assert parts()["refusal"] == [refusal.value for refusal in Refusal]
+    assert parts()["skip"] == list(SKIPPED.values())
     assert parts()["bucket"] == list(AGE_BUCKETS)
     assert parts()["age"] == ["", *(f"age_{age}_" for age in AGE_BUCKETS)]
 

@@ -59,7 +59,7 @@ def test_cached_terms_are_not_computed_again(model_dir: Path) -> None:
 def test_the_cache_forgets_the_least_recently_used_beyond_its_bytes(model_dir: Path) -> None:
     policy = make_policy(model_dir)
     old, new = collate(plain_samples(1), clock=0), collate(plain_samples(2), clock=0)
-    reference = _reference(policy, cache_bytes=2 * (3 + 4) * 4)  # one batch: 2 groups of 3 + 4 float32 tokens
+    reference = _reference(policy, cache_bytes=2 * (3 + 4 + 2) * 4)  # 2 groups of 3 + 4 tokens, and a logit each
     seen_old = reference.columns(old)[Column.REFERENCE_LOGPROBS]
     seen_new = reference.columns(new)[Column.REFERENCE_LOGPROBS]
 
@@ -67,6 +67,12 @@ def test_the_cache_forgets_the_least_recently_used_beyond_its_bytes(model_dir: P
 
     assert reference.columns(new)[Column.REFERENCE_LOGPROBS].equal(seen_new)
     assert not reference.columns(old)[Column.REFERENCE_LOGPROBS].equal(seen_old)
+    assert reference.metrics() == {
+        "reference/cache_hits_total": 4,
+        "reference/cache_misses_total": 12,
+        "reference/cache_evictions_total": 8,
+        "reference/cache_bytes": 72,
+    }
 
 
 def test_the_same_trajectory_name_in_another_group_is_another_trajectory(model_dir: Path) -> None:
