@@ -109,6 +109,29 @@ def make_tiny_model(
     make_model(out_dir, seed=seed, warmup_steps=WARMUP_STEPS if warmup_steps is None else warmup_steps)
 
 
+@app.command("make-tokens")
+def make_role_tokens(
+    directory: Annotated[Path, typer.Argument(help="Where to write one file a role, such as /run/stalewise.")],
+    config: Config = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Write the bearer token of each role to a file: the one of service.tokens, else a random one, made once."""
+    settings = _load(config, overrides)
+    from services.tokens import make_tokens
+
+    for path in make_tokens(directory, settings.service.tokens):
+        print(f"written: {path}")
+
+
+@app.command()
+def ping(config: Config = None, overrides: Overrides = []) -> None:  # noqa: B006
+    """Ask the service who it is, once and with this process's token: a health check for learners and actors."""
+    settings = _load(config, overrides)
+    once = settings.model_copy(update={"client": settings.client.model_copy(update={"retry_budget_s": 0.0})})
+    run = connect(once).run_info()
+    print(f"run {run.run_id}, latest version {run.latest_version}")
+
+
 @app.command()
 def stats(
     config: Config = None,

@@ -1,8 +1,9 @@
 """All sections of settings in one record, and where they come from.
 
 Later wins: defaults, the TOML file of --config, the environment (STALEWISE_TABLE__CAPACITY_GROUPS=1000), --set
-table.capacity_groups=1000. Values outside TOML are TOML or JSON literals; bare words are strings, and so are numbers
-where a text is wanted. Unknown keys are errors.
+table.capacity_groups=1000. STALEWISE_SERVICE__TOKEN_FILE=/run/secrets/token takes the value from a file, for secrets;
+an empty variable is an unset one. Values outside TOML are TOML or JSON literals; bare words are strings, and so are
+numbers where a text is wanted. Unknown keys are errors.
 """
 
 import difflib
@@ -34,6 +35,7 @@ from services.log_lines import LogSettings
 log = logging.getLogger(__name__)
 
 PREFIX = "STALEWISE_"
+FILE_SUFFIX = "_FILE"
 
 
 class RunSettings(Settings):
@@ -101,9 +103,8 @@ def load_config(
     Raises InvalidSettings with one sentence that names the key, or the keys that cannot go together.
     """
     tree = _read_toml(path) if path else {}
-    for name, text in sorted((environment or {}).items()):
-        if name.startswith(PREFIX):
-            _assign_text(tree, name.removeprefix(PREFIX).lower().split("__"), text, name)
+    for name, text in _from_environment(environment or {}):
+        _assign_text(tree, name.removeprefix(PREFIX).lower().split("__"), text, name)
     for key, text in _split(overrides):
         _assign_text(tree, key.split("."), text, key)
     _refuse_unknown(tree, source=path)
@@ -168,6 +169,26 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise InvalidSettings(f"cannot read {path}: {error.strerror}", hint="give --config an existing file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidSettings(f"{path} is not TOML: {error}") from error
+
+
+def _from_environment(environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Yield the variables that are settings; NAME_FILE is NAME with the text of that file, less its last newline."""
+    for name, text in sorted(environment.items()):
+        if not name.startswith(PREFIX) or not text:
+            continue
+        setting = name.removesuffix(FILE_SUFFIX)
+        if setting != name:
+            if environment.get(setting):
+                raise InvalidSettings(f"both {setting} and {name} are set", hint="set one of them")
+            text = _read_value(Path(text), name)
+        yield setting, text
+
+
+def _read_value(path: Path, name: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8").removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidSettings(f"{name}={path} cannot be read: {error}", hint="mount the secret, or unset it") from error
 
 
 def _split(assignments: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -1,0 +1,101 @@
+"""What docker-compose.yml starts works: its very commands and health checks, as processes; then what it promises."""
+
+import re
+import shutil
+import subprocess
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from buffer.connection import ServiceClient
+from buffer.errors import Forbidden
+from services.settings import load_config
+from tests.deploy.compose import COMPOSE, REPOSITORY, defaults, machine, profile
+
+PROFILES = ("cpu", "gpu", "monitoring")
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(300)
+def test_the_commands_of_the_cpu_profile_train_and_every_health_check_passes(tmp_path: Path) -> None:
+    with machine(tmp_path) as engine:
+        engine.start("tokens")
+        engine.wait_until(lambda: engine.running["tokens"].poll() == 0)
+        for name in ("redis", "service"):
+            engine.start(name)
+            engine.wait_until(lambda name=name: engine.is_healthy(name))  # type: ignore[misc]  # a default argument
+        for name in ("learner", "actor"):
+            engine.start(name)
+        with closing(ServiceClient(engine.url, token=engine.token("read"))) as reader:
+            engine.wait_until(lambda: ((reader.stats()["learner"] or {}).get("updates") or 0) >= 2)
+
+        assert all(engine.is_healthy(name) for name in ("learner", "actor"))
+        with closing(ServiceClient(engine.url, token=engine.token("act"))) as actor, pytest.raises(Forbidden):
+            actor.stats()
+        ends = {name: engine.running[name] for name in ("actor", "learner", "service")}
+        for process in ends.values():
+            process.terminate()
+            assert process.wait(60) == 0
+    assert "checkpoint" in engine.log("learner")
+
+
+def test_the_cpu_profile_is_the_default_and_consists_of_the_four_roles() -> None:
+    default = dict(
+        line.split("=") for line in (REPOSITORY / ".env").read_text().splitlines() if "=" in line and "#" not in line
+    )
+
+    assert set(profile(default["COMPOSE_PROFILES"])) == {"tokens", "redis", "service", "learner", "actor"}
+
+
+@pytest.mark.parametrize("name", COMPOSE["services"])
+def test_a_service_that_stays_has_a_health_check_a_limit_and_no_port_beyond_loopback(name: str) -> None:
+    service = COMPOSE["services"][name]
+
+    assert name == "tokens" or "healthcheck" in service
+    assert name == "tokens" or service["deploy"]["resources"]
+    assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+    assert all(needed in COMPOSE["services"] for needed in service.get("depends_on", {}))
+
+
+def test_every_setting_of_the_file_exists_and_redis_promises_what_the_service_is_told(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("a-token-of-the-test\n")
+    for name, service in COMPOSE["services"].items():
+        given = service.get("environment", {})
+        environment = {k: str(tmp_path / "token") if k.endswith("_FILE") else defaults(v) for k, v in given.items()}
+        recipe = re.search(r"recipes/\w+\.toml", defaults(" ".join(service.get("command", []))))
+
+        config = load_config(REPOSITORY / recipe[0] if recipe else None, environment=environment)
+
+        if name == "service":
+            redis = COMPOSE["services"]["redis"]["command"]
+            assert redis[redis.index("--appendfsync") + 1] == config.redis.appendfsync
+            assert all(config.service.tokens.by_role().values())
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_compose_itself_accepts_every_profile(name: str) -> None:
+    if shutil.which("docker-compose") is None:
+        pytest.skip("no docker-compose here: apt-get install docker-compose")
+    for files in (("docker-compose.yml",), ("docker-compose.yml", "docker/compose.secrets.yml")):
+        options = [part for file in files for part in ("-f", file)]
+        checked = subprocess.run(
+            ["docker-compose", *options, "config", "-q"],
+            cwd=REPOSITORY,
+            env={"PATH": "/usr/bin:/bin:/usr/local/bin", "COMPOSE_PROFILES": name, "ADMIN_TOKEN_FILE": "token"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+        assert (checked.returncode, checked.stderr) == (0, "")
+
+
+def test_images_are_pinned_and_run_as_nobody_special() -> None:
+    for path in sorted((REPOSITORY / "docker").glob("Dockerfile*")):
+        text = path.read_text()
+        bases = [base for base in re.findall(r"^FROM (\S+)", text, re.MULTILINE) if ":" in base]
+
+        assert bases
+        assert not [base for base in bases if base.endswith(":latest")]
+        assert re.findall(r"^USER (.+)$", text, re.MULTILINE)[-1] == "1000:1000"
