@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from actor.backoff import Backoff
+from actor.evaluate import Evaluator
 from actor.rollout import Rollouts
 from actor.settings import ActorSettings
 from actor.spool import Spool
@@ -48,6 +49,7 @@ class ActorLoop:
         self,
         *,
         rollouts: Rollouts,
+        evaluator: Evaluator,
         inbox: Inbox,
         spool: Spool,
         sync: WeightSync,
@@ -58,6 +60,7 @@ class ActorLoop:
         jitter: random.Random,
     ) -> None:
         self._rollouts = rollouts
+        self._evaluator = evaluator
         self._inbox = inbox
         self._spool = spool
         self._sync = sync
@@ -75,6 +78,7 @@ class ActorLoop:
         self._deliver([])  # what a former process left in the spool
         while not self._stop.is_set():
             if self._weights_are_ready():
+                self._evaluate()
                 self._deliver(self._generate())
 
     def _weights_are_ready(self) -> bool:
@@ -83,6 +87,20 @@ class ActorLoop:
         elif self._sync.verified_version < 0:
             self._status.enter(Activity.WAITING_WEIGHTS, "no version loaded yet")
         return self._sync.wait_ready(WAKE_S)
+
+    def _evaluate(self) -> None:
+        """Evaluate the version in use if it is this actor's turn; what it drew is offered once, without waiting."""
+        try:
+            with self._sync.held() as version:
+                if version < 0 or not self._evaluator.has_turn(version):
+                    return
+                self._status.enter(Activity.EVALUATING, f"version {version}")
+                groups = self._evaluator.evaluate(version)
+            self._status.drew(sum(group.num_response_tokens for group in groups))
+            for result in self._inbox.submit(groups).results:
+                self._tally(result)
+        except UNREACHABLE as error:
+            log.warning("no evaluation: %s", error)
 
     def _generate(self) -> list[Group]:
         """Return a batch of whole groups; none when a load went wrong while it was drawn."""

@@ -8,7 +8,7 @@ import numpy as np
 from actor.engine import Completion, Engine, GenerationRequest
 from actor.settings import ActorSettings
 from actor.tasks import Prompt, Task
-from buffer.types import Group, Split, Trajectory
+from buffer.types import Group, SamplingSettings, Split, Trajectory
 
 
 class Rollouts:
@@ -37,35 +37,50 @@ class Rollouts:
         completions = self._engine.generate(requests)
         size = settings.group_size
         return [
-            self._group(prompt, completions[index * size : (index + 1) * size]) for index, prompt in enumerate(prompts)
+            as_group(
+                self._task,
+                prompt,
+                completions[index * size : (index + 1) * size],
+                run_id=self._run_id,
+                split=Split.TRAIN,
+                sampling=settings.sampling,
+            )
+            for index, prompt in enumerate(prompts)
         ]
 
-    def _group(self, prompt: Prompt, completions: Sequence[Completion]) -> Group:
-        # not from the seeded generator: an actor that starts again must never reuse an id
-        group_id = uuid.uuid4().hex
-        return Group(
-            run_id=self._run_id,
-            group_id=group_id,
-            prompt_id=prompt.prompt_id,
-            split=Split.TRAIN,
-            trajectories=tuple(
-                self._trajectory(f"{group_id}.{index}", prompt, completion)
-                for index, completion in enumerate(completions)
-            ),
-        )
 
-    def _trajectory(self, trajectory_id: str, prompt: Prompt, completion: Completion) -> Trajectory:
-        return Trajectory(
-            trajectory_id=trajectory_id,
-            prompt_ids=prompt.token_ids,
-            response_ids=completion.response_ids,
-            response_mask=np.ones(len(completion.response_ids), np.bool_),
-            behavior_logprobs=completion.behavior_logprobs,
-            spans=completion.spans,
-            sampling=self._settings.sampling,
-            reward=self._task.reward(prompt, completion.response_ids),
-            finish_reason=completion.finish_reason,
-            kept_token_ids=completion.kept_token_ids,
-            kept_token_counts=completion.kept_token_counts,
-            distribution_logprobs=completion.distribution_logprobs,
-        )
+def as_group(
+    task: Task,
+    prompt: Prompt,
+    completions: Sequence[Completion],
+    *,
+    run_id: str,
+    split: Split,
+    sampling: SamplingSettings,
+) -> Group:
+    """Score the completions of one prompt and return them as a group with an id of its own."""
+    # not from the seeded generator: an actor that starts again must never reuse an id
+    group_id = uuid.uuid4().hex
+    return Group(
+        run_id=run_id,
+        group_id=group_id,
+        prompt_id=prompt.prompt_id,
+        split=split,
+        trajectories=tuple(
+            Trajectory(
+                trajectory_id=f"{group_id}.{index}",
+                prompt_ids=prompt.token_ids,
+                response_ids=completion.response_ids,
+                response_mask=np.ones(len(completion.response_ids), np.bool_),
+                behavior_logprobs=completion.behavior_logprobs,
+                spans=completion.spans,
+                sampling=sampling,
+                reward=task.reward(prompt, completion.response_ids),
+                finish_reason=completion.finish_reason,
+                kept_token_ids=completion.kept_token_ids,
+                kept_token_counts=completion.kept_token_counts,
+                distribution_logprobs=completion.distribution_logprobs,
+            )
+            for index, completion in enumerate(completions)
+        ),
+    )

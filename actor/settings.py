@@ -38,6 +38,22 @@ class VllmSettings(Settings):
     """Whether vLLM compiles the model at start: faster tokens on a GPU for a minute or more of start-up."""
 
 
+class EvaluationSettings(Settings):
+    """How the policy is measured on held-out prompts, apart from training."""
+
+    every_updates: Annotated[int, Field(ge=1)] | None = None
+    """One version of each so many is evaluated, by one actor; the same for all actors of a run. null = none: an actor
+    that evaluates does not generate."""
+    num_prompts: Annotated[int, Field(ge=1)] = 64
+    """Held-out prompts, always the first ones of the task's list; fewer when it has fewer."""
+    samples_per_prompt: Annotated[int, Field(ge=1)] = 8
+    """Responses per prompt. pass@k is estimated for 1, 2, 4 ... up to this number."""
+    sampling: SamplingSettings = SamplingSettings(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)
+    """How tokens are drawn; the default is the policy itself. Stays the same when training is sampled differently."""
+    lease_s: Annotated[float, Field(gt=0, le=86_400)] = 600.0
+    """Seconds that an evaluation may take; later another actor may begin one, and this one's result is refused."""
+
+
 class ActorSettings(Settings):
     """What one actor generates, and how long it bears with an absent service."""
 
@@ -58,6 +74,8 @@ class ActorSettings(Settings):
     """Groups generated side by side; 128 sequences keep one core busy with a tiny model."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 32
     """Tokens per response at most, end token included."""
+    evaluation: EvaluationSettings = EvaluationSettings()
+    """How the policy is measured on held-out prompts."""
     spool_bytes: Annotated[int, Field(ge=0)] = 256 << 20
     """Disk for groups finished while the service is away; generation pauses when it is full. 0 = no spool."""
     poll_s: Annotated[float, Field(gt=0)] = 20.0

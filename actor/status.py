@@ -20,6 +20,7 @@ class Activity(StrEnum):
     GENERATING = "generating"
     SPOOLING = "spooling"
     """Generating while the service is away."""
+    EVALUATING = "evaluating"
     WAITING_ADMISSION = "waiting_admission"
     WAITING_SERVICE = "waiting_service"
     """The service is away and the spool is full."""
@@ -27,7 +28,7 @@ class Activity(StrEnum):
     QUARANTINED = "quarantined"
 
 
-_WORKING = frozenset({Activity.GENERATING, Activity.SPOOLING})
+_WORKING = frozenset({Activity.GENERATING, Activity.SPOOLING, Activity.EVALUATING})
 
 
 class Status:

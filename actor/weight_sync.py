@@ -14,7 +14,8 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -94,6 +95,12 @@ class WeightSync:
         """Whether every load since `failures_total` was `failures_before` passed; waits for one that is under way."""
         with self._loading:
             return self.failures_total == failures_before and not self.quarantine_reason
+
+    @contextmanager
+    def held(self) -> Iterator[PolicyVersion]:
+        """Let no load begin within this block; yield the version in use, -1 when it has not passed the canary."""
+        with self._loading:
+            yield -1 if self.quarantine_reason else self.verified_version
 
     def _run(self) -> None:
         try:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 from buffer.browsing import GroupSummary
 from buffer.codec import intact_group_from_record, sentence, unpack
 from buffer.errors import InvalidRecord, InvalidRequest
+from buffer.evaluations import EvaluationBoard
 from buffer.rate_limiter import RateLimiterSettings
 from buffer.table import SampleRequest, TableStats, Wait
 from buffer.trained import MAX_TRAINED_GROUPS, TrainedGroup
@@ -239,6 +240,7 @@ class ServiceStats(Record):
     learner: LearnerStatus | None
     actors: list[ActorStatus]
     store: StoreStatus
+    evaluations: EvaluationBoard
     promises: dict[str, str]
     """What the store guarantees, as it answers itself: appendfsync, maxmemory_policy."""
     uptime_s: float

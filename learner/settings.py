@@ -91,6 +91,8 @@ class LearnerSettings(Settings):
     """Updates between checkpoints, hence the work that a crash can lose."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     """Newest checkpoints that are kept; 2 leave one if a disk spoils the other."""
+    early_stop_evaluations: Annotated[int, Field(ge=1)] | None = None
+    """Evaluations in a row without a new best pass@1 after which the run ends. null = it goes on to total_updates."""
     reference_reset_every: Annotated[int, Field(ge=1)] | None = None
     """Updates after which the reference becomes the current policy, again and again; ReVal uses 200. None = never."""
     reference_cache_bytes: Annotated[int, Field(ge=0)] = 256 << 20

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from actor.engine import Engine
+from actor.evaluate import Evaluator
 from actor.loop import ActorLoop
 from actor.rollout import Rollouts
 from actor.settings import ActorSettings
@@ -28,6 +29,7 @@ from actor.tokenizer import load_tokenizer
 from actor.weight_sync import WeightSync
 from buffer.client import HttpTable, HttpWeightStore, ServiceClient
 from buffer.errors import InvalidSettings, RunMismatch
+from buffer.evaluations_client import HttpEvaluations
 from buffer.fingerprint import model_fingerprint
 from services.model_dir import local_model_dir
 
@@ -100,6 +102,7 @@ class _Process:
         )
         rng = np.random.default_rng(prompt_seed)
         loop = ActorLoop(
+            evaluator=self._evaluator(engine, task),
             rollouts=Rollouts(engine=engine, task=task, settings=settings, run_id=self.config.run.name, rng=rng),
             inbox=HttpTable(self.client),
             spool=self.spool,
@@ -119,6 +122,18 @@ class _Process:
             sync.join(THREAD_END_S)
             pulse.join(THREAD_END_S)
             log.info("actor %s ended: %s", self.actor_id, dict(status.outcomes))
+
+    def _evaluator(self, engine: Engine, task: Task) -> Evaluator:
+        return Evaluator(
+            engine=engine,
+            task=task,
+            evaluations=HttpEvaluations(self.client),
+            settings=self.config.actor,
+            run_id=self.config.run.name,
+            actor_id=self.actor_id,
+            solved_reward=self.config.table.solved_reward,
+            stop=self.stop,
+        )
 
 
 def _torch_engine(settings: ActorSettings, model_dir: Path, seed: int) -> Engine:

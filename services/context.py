@@ -8,6 +8,7 @@ from typing import Annotated
 
 from pydantic import Field, SecretStr
 
+from buffer.evaluations import Evaluations
 from buffer.rate_limiter import RateLimiterSettings
 from buffer.settings import Settings
 from buffer.table import ServedTable, TableSettings
@@ -65,6 +66,7 @@ class ServiceContext:
     """What token ids read as; None for an unknown one."""
     store: Callable[[], StoreStatus]
     """Asks the stores how much room they have."""
+    evaluations: Evaluations
     promises: Callable[[], Mapping[str, str]]
     """Asks the store what it guarantees now: appendfsync, maxmemory_policy."""
     closing: threading.Event = field(default_factory=threading.Event)

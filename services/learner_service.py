@@ -16,12 +16,14 @@ from transformers.utils import logging as transformers_logging
 
 from buffer.client import ClientSettings, HttpTable, HttpWeightStore, ServiceClient
 from buffer.errors import RunMismatch, ServiceUnreachable, StoreUnavailable
+from buffer.evaluations_client import HttpEvaluations
 from buffer.fingerprint import model_fingerprint
 from buffer.table import Wait
 from buffer.trained import TrainedGroup
 from buffer.wire import LearnerReport
 from learner.admission import Admission
 from learner.checkpoint import Checkpoints
+from learner.evaluation import EvaluationWatch
 from learner.loop import LearnerLoop, take_up
 from learner.objectives.acceptance import acceptance_sentence
 from learner.objectives.diagnostics import diagnose
@@ -114,6 +116,7 @@ def run_learner(config: RunConfig, *, resume: bool) -> None:
             HttpWeightStore(client), run_id=config.run.name, model_fingerprint=fingerprint, unix_time=time.time
         )
         take_up(trainer, checkpoints, publisher, resume=resume)
+        _watch_evaluations(config, stop, stack)
         LearnerLoop(
             trainer=trainer,
             prefetcher=_make_prefetcher(config, trainer, HttpTable(client)),
@@ -191,9 +194,23 @@ def _open_reporter(config: RunConfig, trainer: Trainer, stack: ExitStack) -> Ser
         wandb_project=config.learner.wandb_project,
         updates_done=trainer.progress.updates,
     )
-    reports = config.model_copy(update={"client": REPORT_CLIENT})
     return ServiceReporter(
         stack.enter_context(closing(run_log)),
-        stack.enter_context(closing(connect(reports))),
+        stack.enter_context(closing(_report_client(config))),
         total_updates=config.learner.total_updates,
     )
+
+
+def _watch_evaluations(config: RunConfig, stop: threading.Event, stack: ExitStack) -> None:
+    watch = EvaluationWatch(
+        HttpEvaluations(stack.enter_context(closing(_report_client(config)))),
+        config.run.directory / "learner" / "evaluations.jsonl",
+        patience_evaluations=config.learner.early_stop_evaluations,
+        stop=stop,
+    )
+    if config.actor.evaluation.every_updates is not None:
+        stack.enter_context(watch)
+
+
+def _report_client(config: RunConfig) -> ServiceClient:
+    return connect(config.model_copy(update={"client": REPORT_CLIENT}))

@@ -25,6 +25,10 @@ class Board(Protocol):
         """Keep a note."""
         ...
 
+    def claim(self, name: str, note: str) -> bool:
+        """Keep a note unless there is one of this name; whether it was kept. One step: of many, one succeeds."""
+        ...
+
     def notes(self) -> dict[str, str]:
         """Return all notes by name."""
         ...
@@ -43,6 +47,10 @@ class MemoryBoard:
     def put(self, name: str, note: str) -> None:
         """See Board."""
         self._notes[name] = note
+
+    def claim(self, name: str, note: str) -> bool:
+        """See Board."""
+        return self._notes.setdefault(name, note) is note
 
     def notes(self) -> dict[str, str]:
         """See Board."""
@@ -65,6 +73,13 @@ class RedisBoard:
         """See Board. Raises StoreUnavailable."""
         try:
             self._redis.hset(self._key, name, note)
+        except redis.RedisError as error:
+            raise _unavailable(error) from error
+
+    def claim(self, name: str, note: str) -> bool:
+        """See Board. Raises StoreUnavailable."""
+        try:
+            return bool(self._redis.hsetnx(self._key, name, note))
         except redis.RedisError as error:
             raise _unavailable(error) from error
 

@@ -28,6 +28,7 @@ from services.bodies import answer, install_error_shape, read_body, sample_answe
 from services.browse_api import browse_operations
 from services.context import ServiceContext
 from services.dashboard import page_operations
+from services.evaluations_api import evaluation_operations
 from services.intake_api import intake_operations
 from services.look_api import look_operations
 from services.operations import Operation, register
@@ -61,6 +62,7 @@ def create_app(context: ServiceContext, guard: Guard) -> ASGIApp:
         *browse_operations(context),
         *_sample_operations(context),
         *weight_operations(context),
+        *evaluation_operations(context),
         *_status_operations(context),
         *look_operations(context),
         metrics_operation(context),

@@ -42,6 +42,9 @@ ACCESS: Mapping[str, frozenset[Role] | None] = {
     "GET /v1/weights/latest": _PULLERS,
     "GET /v1/weights/{version}": _PULLERS,
     "GET /v1/weights/blobs/{sha256}": _PULLERS,
+    "GET /v1/evaluations": _READERS,
+    "POST /v1/evaluations/claims": _ACTORS,
+    "PUT /v1/evaluations/{version}": _ACTORS,
     "POST /v1/actors/{actor_id:path}/heartbeat": _ACTORS,
     "POST /v1/learner/metrics": _LEARNERS,
     "GET /": _ANYONE,  # the page holds no data: it asks for a token and reads /v1/stats with it

@@ -30,6 +30,7 @@ from buffer.redis_shards import claim_shards, open_table
 from buffer.weights.directory_store import DirectoryWeightStore
 from services.address import remove_address, write_address
 from services.context import ServiceContext
+from services.evaluations import BoardEvaluations
 from services.history import RedisHistory, keep_history, observe
 from services.janitor import keep_tidy
 from services.presence import Presence, RedisBoard
@@ -115,6 +116,7 @@ def _context(config: RunConfig, client: redis.Redis) -> ServiceContext:
         trained=RedisTrainedRing(client, prefix=first + "trained:"),
         token_texts=TokenTextReader(config.run.model).texts,
         store=partial(store_status, client, config.run.directory),
+        evaluations=BoardEvaluations(RedisBoard(client, key=first + "evaluations"), weights),
         promises=lambda: promises,
     )
 

@@ -113,6 +113,7 @@ def load_config(
     except ValidationError as error:
         raise InvalidSettings(_fault(error)) from None
     _check_pacing(config)
+    _check_evaluations(config)
     return config
 
 
@@ -141,6 +142,14 @@ def connect(config: RunConfig, *, stopping: threading.Event | None = None) -> Se
     url = service.url or read_address(config.run.directory) or f"http://{service.host}:{service.port}"
     token = service.token.get_secret_value() if service.token else None
     return ServiceClient(url, token=token, settings=config.client, stopping=stopping)
+
+
+def _check_evaluations(config: RunConfig) -> None:
+    if config.learner.early_stop_evaluations is not None and config.actor.evaluation.every_updates is None:
+        raise InvalidSettings(
+            f"learner.early_stop_evaluations={config.learner.early_stop_evaluations}, but nothing is evaluated",
+            hint="set actor.evaluation.every_updates",
+        )
 
 
 def _check_pacing(config: RunConfig) -> None:

@@ -57,6 +57,7 @@ def service_stats(context: ServiceContext) -> ServiceStats:
         weights=context.weights.status(),
         learner=learner,
         actors=actors,
+        evaluations=context.evaluations.read(),
         store=context.store(),
         promises=dict(context.promises()),
         uptime_s=context.monotonic() - context.started_s,

@@ -55,6 +55,7 @@
 --                        t:<trajectory_id> = encoded trajectory
 -- presence       hash    no script reads it; services/presence.py keeps the last heartbeat of each actor and the learner's
 --                        last report there, as JSON by name
+-- evaluations    hash    no script reads it; services/evaluations.py keeps claims and results there, as JSON by name
 -- draw:<request> string  cmsgpack {request, time in seconds, list of {member, uses, age or false, probability, bytes}},
 --                        expires; in place of the list 'left', where another shard makes the draw
 -- pin:<request>  string  `<number of the shard that makes the draw> <share of its weight>`, in the shard that the

@@ -3,6 +3,7 @@
 blobs/<sha256>            payloads, immutable
 manifests/<version>.json  one per kept version
 LATEST                    the number of the version that is served; its rename is the commit
+pinned/<version>          a version that retention leaves alone, such as the best one
 incoming/                 unfinished writes, never read
 deleted_total             versions removed by retention, all time
 lock                      held while a version is committed, so that several processes may share the directory
@@ -53,8 +54,9 @@ class DirectoryWeightStore:
         self._manifests = directory / "manifests"
         self._incoming = directory / "incoming"
         self._known: dict[PolicyVersion, PublishedVersion] = {}
+        self._pinned = directory / "pinned"
         with _disk_errors():
-            for path in (self._blobs, self._manifests, self._incoming):
+            for path in (self._blobs, self._manifests, self._incoming, self._pinned):
                 path.mkdir(parents=True, exist_ok=True)
 
     def put_blob(self, sha256: str, chunks: Iterable[bytes]) -> None:
@@ -144,6 +146,17 @@ class DirectoryWeightStore:
             )
         return path
 
+    def pin(self, version: PolicyVersion) -> None:
+        """Keep a stored version until it is unpinned, whatever retention says. Raises NotFound."""
+        with self._lock():
+            self.manifest(version)
+            (self._pinned / str(version)).touch()
+
+    def unpin(self, version: PolicyVersion) -> None:
+        """Let the next publication's retention take a version; one that is not pinned stays as it is."""
+        with _disk_errors():
+            (self._pinned / str(version)).unlink(missing_ok=True)
+
     def status(self) -> WeightsStatus:
         """Return what is published and how much disk it takes."""
         with self._lock():
@@ -181,7 +194,9 @@ class DirectoryWeightStore:
     def _collect(self) -> None:
         """Delete versions beyond retention, then the blobs that no kept version names: pointers first, data last."""
         versions = self._stored_versions()
-        dropped, kept = versions[: -self._settings.keep_versions], versions[-self._settings.keep_versions :]
+        pinned = {int(path.name) for path in self._pinned.iterdir()} & set(versions)
+        kept = pinned | set(versions[-self._settings.keep_versions :])
+        dropped = [version for version in versions if version not in kept]
         retired = {payload.sha256 for version in dropped for payload in self.manifest(version).payloads}
         named = {payload.sha256 for version in kept for payload in self.manifest(version).payloads}
         if dropped:

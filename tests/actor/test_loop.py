@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from actor.evaluate import Evaluator
 from actor.loop import ActorLoop
 from actor.rollout import Rollouts
-from actor.settings import ActorSettings
+from actor.settings import ActorSettings, EvaluationSettings
 from actor.spool import Spool
 from actor.status import Activity, Pulse, Status
 from actor.tasks import RunningSums
@@ -25,9 +26,11 @@ from buffer.fingerprint import model_fingerprint
 from buffer.memory_table import MemoryTable
 from buffer.rate_limiter import RateLimiterSettings
 from buffer.table import SampleRequest, TableSettings
-from buffer.types import Group, InsertOutcome
+from buffer.types import Group, InsertOutcome, Split
 from buffer.weights.directory_store import DirectoryWeightStore
 from buffer.wire import Heartbeat, Load
+from services.evaluations import BoardEvaluations
+from services.presence import MemoryBoard
 from tests.actor.publishing import WrongEngine, publish, wait_until
 from tests.factories import RUN_ID, make_group
 
@@ -78,6 +81,7 @@ class Actor:
         self.status = Status(time.monotonic)
         self.stop = threading.Event()
         self.engine = WrongEngine(self.model_dir, seed=5)
+        self.evaluations = BoardEvaluations(MemoryBoard(), self.store)
         self.sync = WeightSync(
             store=self.store,
             engine=self.engine,
@@ -94,10 +98,21 @@ class Actor:
         """Run the loop and the weight sync in threads, and stop them at the end."""
         spool = Spool(self.directory / "spool", max_bytes=self.settings.spool_bytes)
         self.spool = spool
+        task = RunningSums(self.tokenizer, num_digits=4)
         loop = ActorLoop(
+            evaluator=Evaluator(
+                engine=self.engine,
+                task=task,
+                evaluations=self.evaluations,
+                settings=self.settings,
+                run_id=RUN_ID,
+                actor_id="a",
+                solved_reward=1.0,
+                stop=self.stop,
+            ),
             rollouts=Rollouts(
                 engine=self.engine,
-                task=RunningSums(self.tokenizer, num_digits=4),
+                task=task,
                 settings=self.settings,
                 run_id=RUN_ID,
                 rng=np.random.default_rng(0),
@@ -308,6 +323,25 @@ def test_a_stop_while_waiting_drops_whole_groups_and_ends(
 
     assert actor.status.outcomes == {"dropped": SETTINGS.groups_per_batch}
     assert actor.inbox.inserted == 0
+
+
+def test_an_evaluation_is_of_one_version_whatever_is_published_meanwhile(
+    tmp_path: Path, model_dir: Path, tokenizer: PreTrainedTokenizerFast, keyframes: list[Path]
+) -> None:
+    evaluation = EvaluationSettings(every_updates=2, num_prompts=24, samples_per_prompt=3)
+    actor = Actor(tmp_path, model_dir, tokenizer, settings=SETTINGS.model_copy(update={"evaluation": evaluation}))
+
+    with actor.running():
+        for version in range(8):
+            publish(actor.store, model_dir, keyframes[version % 3], version)
+        wait_until(lambda: len(actor.evaluations.read().results) >= 2 and actor.inbox.inserted > 0)
+
+    results = actor.evaluations.read().results
+    assert [(r.oldest_version, r.newest_version) for r in results] == [(r.version, r.version) for r in results]
+    assert len({result.version // 2 for result in results}) == len(results)
+    assert {(r.num_prompts, r.samples_per_prompt, tuple(r.pass_at)) for r in results} == {(24, 3, ("1", "2"))}
+    evaluated = [group for group in stored(actor) if group.split is Split.EVAL]
+    assert len(evaluated) == actor.inbox.table.stats().num_eval == 24 * len(results)
 
 
 class Listener:

@@ -22,6 +22,7 @@ from buffer.weights.directory_store import DirectoryWeightStore
 from buffer.wire import StoreStatus
 from services.address import read_address
 from services.context import ServiceContext, ServiceSettings
+from services.evaluations import BoardEvaluations
 from services.history import MemoryHistory
 from services.presence import MemoryBoard, Presence
 from services.replay_api import create_app
@@ -44,18 +45,20 @@ def make_context(
     limiter: RateLimiterSettings = LIMITER,
 ) -> ServiceContext:
     """Return the collaborators of a service whose state is this process and `directory`."""
+    weights = DirectoryWeightStore(directory / "weights")
     return ServiceContext(
         run_id=RUN_ID,
         settings=settings,
         table=table or MemoryTable(table_settings, limiter, RUN_ID),
         table_settings=table_settings,
         limiter_settings=limiter,
-        weights=DirectoryWeightStore(directory / "weights"),
+        weights=weights,
         presence=Presence(MemoryBoard()),
         history=MemoryHistory(),
         trained=MemoryTrainedRing(),
         token_texts=TokenTextReader(DEMO_MODEL).texts,
         store=lambda: StoreStatus(memory_bytes=1, memory_limit_bytes=0, disk_free_bytes=2, disk_total_bytes=3),
+        evaluations=BoardEvaluations(MemoryBoard(), weights),
         promises=lambda: {"appendfsync": "never: this is memory"},
     )
 

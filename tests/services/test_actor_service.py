@@ -66,7 +66,8 @@ def test_an_actor_generates_beats_and_ends_on_sigterm(model_dir: Path, keyframes
     log_path, context = tmp_path / "log", make_context(tmp_path / "service")
     with serving(context) as url, closing(ServiceClient(url, settings=NO_RETRY)) as client:
         store, table = HttpWeightStore(client), HttpTable(client)
-        with acting(log_path, settings(tmp_path, url, model_dir)) as process:
+        evaluation = [f"actor.evaluation.{value}" for value in ("every_updates=1", "num_prompts=3")]
+        with acting(log_path, settings(tmp_path, url, model_dir, *evaluation)) as process:
             wait_for(lambda: [a["state"] for a in client.stats()["actors"]] == ["waiting_weights"], process, log_path)
             publish(store, model_dir, keyframes[0], 0)
             wait_for(lambda: table.stats().inserted_total >= 4, process, log_path)
@@ -79,6 +80,12 @@ def test_an_actor_generates_beats_and_ends_on_sigterm(model_dir: Path, keyframes
             assert process.wait(20) == 0, log_path.read_text()
         assert not list((tmp_path / RUN_ID / "actors" / "actor-0" / "spool").glob("*.group"))
         assert set(table.stats().outcomes) <= {"accepted", "full"}
+        evaluated = client.stats()["evaluations"]["results"]
+        assert [(e["version"], e["newest_version"], e["actor_id"]) for e in evaluated] == [
+            (0, 0, "actor-0"),
+            (1, 1, "actor-0"),
+        ]
+        assert table.stats().num_eval == 6
 
 
 @pytest.mark.timeout(240)  # four processes start, each imports torch

@@ -38,6 +38,9 @@ ALLOWED = {
     "GET /v1/weights/latest": "act learn admin",
     "GET /v1/weights/{version}": "act learn admin",
     "GET /v1/weights/blobs/{sha256}": "act learn admin",
+    "GET /v1/evaluations": "learn read admin",
+    "POST /v1/evaluations/claims": "act admin",
+    "PUT /v1/evaluations/{version}": "act admin",
     "POST /v1/actors/{actor_id:path}/heartbeat": "act admin",
     "POST /v1/learner/metrics": "learn admin",
 }

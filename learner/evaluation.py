@@ -1,0 +1,112 @@
+"""What evaluations mean for the learner: every result in the run's directory, and an end when they get no better.
+
+| waits for | produces | unblocked by | on shutdown |
+|---|---|---|---|
+| a tick | lines of evaluations.jsonl; the stop of a run that no longer improves | the clock | a last look |
+"""
+
+import logging
+import os
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from pydantic import ValidationError
+
+from buffer.errors import ServiceUnreachable, StoreUnavailable
+from buffer.evaluations import Evaluation, Evaluations, best_version
+from buffer.types import PolicyVersion
+
+log = logging.getLogger(__name__)
+
+POLL_S = 2.0
+"""Seconds between two looks; evaluations take longer than that."""
+
+
+class EvaluationWatch:
+    """A thread that follows the evaluations of a run. Entered and left by the learner's main thread."""
+
+    def __init__(
+        self, evaluations: Evaluations, path: Path, *, patience_evaluations: int | None, stop: threading.Event
+    ) -> None:
+        self._evaluations = evaluations
+        self._path = path
+        self._patience = patience_evaluations
+        self._stop = stop
+        self._left = threading.Event()
+        self._results = _read(path)
+        self._thread = threading.Thread(target=self._run, name="evaluations", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._left.set()
+        self._thread.join(timeout=10 * POLL_S)
+
+    def _run(self) -> None:
+        while True:
+            left = self._left.wait(POLL_S)
+            self.look()
+            if left:
+                return
+
+    def look(self) -> None:
+        """Write down what is new, and stop the run if the last `patience_evaluations` brought nothing better."""
+        try:
+            board = self._evaluations.read()
+        except (ServiceUnreachable, StoreUnavailable):
+            return  # the loop says so; results wait on the board
+        new = [evaluation for evaluation in board.results if evaluation.version not in self._results]
+        if new:
+            self._results |= {evaluation.version: evaluation for evaluation in new}
+            _append(self._path, new)
+            self._judge()
+
+    def _judge(self) -> None:
+        best = best_version(self._results)
+        assert best is not None
+        later = sum(version > best for version in self._results)
+        latest = self._results[max(self._results)]
+        log.info(
+            "version %d: pass@1 %.3f +- %.3f over %d prompts; best version %d with %.3f, %d evaluations ago",
+            latest.version,
+            latest.pass_at["1"],
+            latest.pass_1_standard_error,
+            latest.num_prompts,
+            best,
+            self._results[best].pass_at["1"],
+            later,
+        )
+        if self._patience is not None and later >= self._patience and not self._stop.is_set():
+            log.warning("no better evaluation than that of version %d in %d: the run ends", best, later)
+            self._stop.set()
+
+
+def _read(path: Path) -> dict[PolicyVersion, Evaluation]:
+    """Return what was written before; a line that a crash cut off is fetched and written again."""
+    results = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            evaluation = Evaluation.model_validate_json(line)
+        except ValidationError:
+            log.warning("%s has a broken line, left as it is: %.60s", path, line)
+            continue
+        results[evaluation.version] = evaluation
+    return results
+
+
+def _append(path: Path, evaluations: list[Evaluation]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        file.seek(max(0, file.tell() - 1))
+        if file.read() not in (b"", b"\n"):
+            file.write(b"\n")  # after a line that was cut off
+        for evaluation in evaluations:
+            file.write(evaluation.model_dump_json().encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
