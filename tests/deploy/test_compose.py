@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -99,3 +100,12 @@ def test_images_are_pinned_and_run_as_nobody_special() -> None:
         assert bases
         assert not [base for base in bases if base.endswith(":latest")]
         assert re.findall(r"^USER (.+)$", text, re.MULTILINE)[-1] == "1000:1000"
+
+
+def test_the_dockerfiles_pass_their_linter() -> None:
+    hadolint = Path(sys.executable).with_name("hadolint")
+    files = sorted(map(str, (REPOSITORY / "docker").glob("Dockerfile*")))
+
+    checked = subprocess.run([hadolint, *files], capture_output=True, text=True, check=False)
+
+    assert (checked.returncode, checked.stdout) == (0, "")
