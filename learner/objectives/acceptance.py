@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from learner.objectives.aggregation import masked, maximum_by_sequence, mean_by_sequence
+from learner.objectives.aggregation import maximum_by_sequence, mean_by_sequence
 from learner.objectives.bounds import error_bounds
 from learner.objectives.ratios import deviation, k2, k3
 from learner.tokens import Column, Tokens
@@ -36,11 +36,11 @@ def acceptance_curve(tokens: Tokens) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def bound_metrics(tokens: Tokens) -> dict[str, float]:
-    """Return the error bounds of the batch and what they are made of.
+def bound_metrics(tokens: Tokens, sequences: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the error bounds of each set of sequences, [B] bool by a prefix of names, and what they are made of.
 
-    Largest divergences are those of the contexts in the batch, expectations are means over its sequences, and the total
-    variation of whole sequences is bounded by Pinsker and by the sum of its tokens'.
+    Largest divergences are those of the contexts in the set, expectations are means over its sequences, and the total
+    variation of whole sequences is bounded by Pinsker and by the sum of its tokens'. An empty set has none.
     """
     if tokens.columns.keys() >= {Column.EXACT_KL, Column.EXACT_TV}:
         suffix, kl, tv = "", tokens.columns[Column.EXACT_KL], tokens.columns[Column.EXACT_TV]
@@ -48,22 +48,16 @@ def bound_metrics(tokens: Tokens) -> dict[str, float]:
     else:
         suffix, kl, tv = "_estimate", k3(tokens), deviation(tokens) / 2
         largest = k2(tokens)
-    max_kl, max_tv, sequence_kl, *mean_tv = _distances(tokens, largest=largest, kl=kl, tv=tv).tolist()
-    bounds = error_bounds(
-        max_tv=max_tv,
-        max_kl=max_kl,
-        sequence_kl=sequence_kl,
-        sequence_tv=min((sequence_kl / 2) ** 0.5, sum(mean_tv)),
-        mean_tv=torch.tensor(mean_tv, dtype=torch.float64),
-    )
-    metrics = {
-        "kl_nats_max": max_kl,
-        "tv_max": max_tv,
-        "sequence_kl_nats_mean": sequence_kl,
-        **{f"bound_{name}": bound for name, bound in bounds.items()},
-        "bound_vacuous": float(bounds["best"] >= 1.0),
+    distances = {
+        prefix: _distances(tokens, chosen, largest=largest, kl=kl, tv=tv)
+        for prefix, chosen in sequences.items()
+        if chosen.any()
     }
-    return {f"trust_region/{name}{suffix}": value for name, value in metrics.items()}
+    return {
+        f"trust_region/{prefix}{name}{suffix}": value
+        for prefix, (max_kl, max_tv, sequence_kl, *mean_tv) in distances.items()
+        for name, value in _bounds(max_kl, max_tv, sequence_kl, mean_tv).items()
+    }
 
 
 def acceptance_sentence(metrics: Mapping[str, float]) -> str:
@@ -91,14 +85,33 @@ def _statistics(tokens: Tokens) -> Iterator[tuple[str, str, Tensor]]:
     yield "mean_kl_nats", suffix, mean_by_sequence(tokens, kl)[:, 0]
 
 
-def _distances(tokens: Tokens, *, largest: Tensor, kl: Tensor, tv: Tensor) -> Tensor:
-    """[3 + T] float64: max KL, max TV, mean KL of a sequence, then the mean TV of each trained token's context."""
-    per_token = tv.new_zeros(int(tokens.lengths.max()), dtype=torch.float64)
-    place = (tokens.mask.cumsum(-1) - 1)[tokens.mask]
-    mean_tv = per_token.index_add(0, place, tv[tokens.mask].double()) / tokens.num_trajectories
+def _distances(tokens: Tokens, chosen: Tensor, *, largest: Tensor, kl: Tensor, tv: Tensor) -> list[float]:
+    """3 + T numbers: max KL, max TV, mean KL of a sequence, then the mean TV of each trained token's context."""
+    mask, count = tokens.mask & chosen[:, None], chosen.sum()
+    per_token = tv.new_zeros(int(mask.sum(-1).max()), dtype=torch.float64)
+    place = (mask.cumsum(-1) - 1)[mask]
+    mean_tv = per_token.index_add(0, place, tv[mask].double()) / count
     whole = [
-        masked(tokens, largest).amax(),
-        masked(tokens, tv).amax().clamp(max=1.0),
-        masked(tokens, kl).double().sum() / tokens.num_trajectories,
+        torch.where(mask, largest, 0.0).amax().double(),
+        torch.where(mask, tv, 0.0).amax().clamp(max=1.0).double(),
+        torch.where(mask, kl, 0.0).double().sum() / count,
     ]
-    return torch.cat([torch.stack([value.double() for value in whole]), mean_tv.clamp(max=1.0)]).cpu()
+    numbers: list[float] = torch.cat([torch.stack(whole), mean_tv.clamp(max=1.0)]).tolist()
+    return numbers
+
+
+def _bounds(max_kl: float, max_tv: float, sequence_kl: float, mean_tv: list[float]) -> dict[str, float]:
+    bounds = error_bounds(
+        max_tv=max_tv,
+        max_kl=max_kl,
+        sequence_kl=sequence_kl,
+        sequence_tv=min((sequence_kl / 2) ** 0.5, sum(mean_tv)),
+        mean_tv=torch.tensor(mean_tv, dtype=torch.float64),
+    )
+    return {
+        "kl_nats_max": max_kl,
+        "tv_max": max_tv,
+        "sequence_kl_nats_mean": sequence_kl,
+        **{f"bound_{name}": bound for name, bound in bounds.items()},
+        "bound_vacuous": float(bounds["best"] >= 1.0),
+    }

@@ -1,7 +1,7 @@
 """What one step did to data of each age: numbers for the metrics, no gradient, few transfers to the host."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -25,29 +25,54 @@ def diagnose(tokens: Tokens, loss: Loss) -> dict[str, float]:
 
     `ratio/p01` ... `ratio/p99`: quantiles over all trained tokens.
     `ratio/mean`, `ratio/age_4_15_mean`: over all trained tokens, and over one bucket; so too variance and max,
-    `k1..k3/nats_mean`, `effective_samples/share` and `gate/NAME_closed_share`. `age/age_4_15_tokens_share`;
-    `gate/NAME_sequences_kept_share`; `trust_region/...`: acceptance curve and error bounds (acceptance.py);
-    `watched/NAME_mean` and `_absolute_mean` of what the loss watches, left out where that is nan.
+    `k1..k3/nats_mean`, `effective_samples/share` and `gate/NAME_closed_share`. `age/age_4_15_tokens_share`. Over all
+    sequences, and over those whose oldest token is in the bucket: `gate/NAME_sequences_kept_share`; the error bounds
+    `trust_region/...` (acceptance.py, so too the acceptance curve of the batch); `watched/NAME_mean` and
+    `_absolute_mean` of what the loss watches a sequence, left out where that is nan.
     """
     tokens = cleaned(tokens, tokens.columns.keys() & DIVERGENCES)
+    everyone = torch.ones_like(tokens.rewards, dtype=torch.bool)
+    sequences = {"": everyone, **_sequences_by_age(tokens)}
     metrics: dict[str, Tensor] = {}
     for name, seen in loss.watched.items():
-        metrics[f"watched/{name}_mean"] = seen.float().mean()
-        metrics[f"watched/{name}_absolute_mean"] = seen.float().abs().mean()
+        for age, values in _shared_out(seen.float(), sequences):
+            metrics[f"watched/{name}_{age}mean"] = values.mean()
+            metrics[f"watched/{name}_{age}absolute_mean"] = values.abs().mean()
     for name, gate in loss.gates.items():
-        metrics[f"gate/{name}_sequences_kept_share"] = (gate & tokens.mask).any(-1).float().mean()
+        for age, values in _shared_out((gate & tokens.mask).any(-1).float(), sequences):
+            metrics[f"gate/{name}_{age}sequences_kept_share"] = values.mean()
     metrics |= acceptance_curve(tokens)
-    names, values = zip(*metrics.items(), strict=True)
-    numbers = zip(names, torch.stack([value.double().cpu() for value in values]).tolist(), strict=True)
+    numbers = zip(metrics, torch.stack([value.double().cpu() for value in metrics.values()]).tolist(), strict=True)
     known = {name: number for name, number in numbers if not math.isnan(number)}
-    return known | bound_metrics(tokens) | _by_age(tokens, loss.gates)
+    return known | bound_metrics(tokens, sequences) | _by_age(tokens, loss.gates)
+
+
+def _sequences_by_age(tokens: Tokens) -> dict[str, Tensor]:
+    """Name of an age -> [B] bool: the sequences whose oldest trained token is in it; one foreign token is enough."""
+    is_foreign = (tokens.mask & (tokens.age_updates < 0)).any(-1)
+    oldest = torch.where(tokens.mask, tokens.age_updates, -1).amax(-1)
+    bucket = _bucket(torch.where(is_foreign, -1, oldest))
+    return {f"age_{name}_": (bucket == number) & (tokens.lengths > 0) for number, name in enumerate(AGE_BUCKETS)}
+
+
+def _shared_out(seen: Tensor, sequences: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the values [B] of each set of sequences; a value of the whole batch [] has no part in them."""
+    if not seen.dim():
+        yield "", seen
+        return
+    for age, chosen in sequences.items():
+        yield age, seen[chosen]
+
+
+def _bucket(ages: Tensor) -> Tensor:
+    """Number of the age bucket; -1 updates is foreign."""
+    return torch.bucketize(ages, torch.tensor(_FIRST_AGES, device=ages.device), right=True)
 
 
 def _by_age(tokens: Tokens, gates: Mapping[str, Tensor]) -> dict[str, float]:
     """Metrics over all tokens and per bucket, from sums: count, rho, rho^2, k1, k2, k3, closed by each gate."""
     mask = tokens.mask
-    firsts = torch.tensor(_FIRST_AGES, device=mask.device)
-    bucket = torch.bucketize(tokens.age_updates[mask], firsts, right=True)
+    bucket = _bucket(tokens.age_updates[mask])
     ratio = token_ratio(tokens)[mask].double()
     columns = [torch.ones_like(ratio), ratio, ratio.square()]
     columns += [statistic(tokens)[mask].double() for statistic in (k1, k2, k3)]

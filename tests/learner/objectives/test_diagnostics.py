@@ -89,6 +89,39 @@ def test_gates_report_what_they_closed_by_age_and_by_sequence() -> None:
     assert metrics["gate/trust_region_mean_estimate_closed_share"] == 0.0
 
 
+SEQUENCES_BY_AGE = {"foreign": [5], "0": [2], "1_3": [1, 7], "4_15": [0], "16_63": [3, 4], "64_plus": [6]}
+"""The rows of the batch by their oldest token."""
+
+
+def test_each_age_reports_the_acceptance_and_the_residuals_of_its_sequences() -> None:
+    tokens = tokens_of()
+    kept = diagnosed(max_k2=0.1)
+    residuals = build_objective("reval", {})(tokens, {}).watched["bellman_residual"].tolist()
+    reported = diagnosed("reval")
+
+    for age, rows in SEQUENCES_BY_AGE.items():
+        share = statistics.fmean(row not in (1, 3, 4) for row in rows)  # those hold a token with |log rho| > sqrt(0.2)
+        assert kept[f"gate/trust_region_max_estimate_age_{age}_sequences_kept_share"] == share
+        signed = statistics.fmean(residuals[row] for row in rows)
+        unsigned = statistics.fmean(abs(residuals[row]) for row in rows)
+        assert reported[f"watched/bellman_residual_age_{age}_mean"] == pytest.approx(signed, rel=1e-5)
+        assert reported[f"watched/bellman_residual_age_{age}_absolute_mean"] == pytest.approx(unsigned, rel=1e-5)
+
+
+def test_a_sequence_is_as_old_as_its_oldest_trained_token_and_foreign_with_one_foreign_token() -> None:
+    row = ROWS[0]
+    for ages, mask, bucket in (
+        ([0, 0, 5, 0, 0], [1, 1, 1, 1, 1], "4_15"),
+        ([0, 0, 99, 0, 0], [1, 1, 0, 1, 1], "0"),
+        ([5, 5, -1, 5, 5], [1, 1, 1, 1, 1], "foreign"),
+        ([5, 5, -1, 5, 5], [1, 1, 0, 1, 1], "4_15"),
+    ):
+        tokens = tokens_of((replace(row, ages=ages, mask=mask),))
+        metrics = diagnose(tokens, build_objective("trm", {})(tokens, {}))
+        shares = [name for name in metrics if name.endswith("sequences_kept_share") and "_age_" in name]
+        assert shares == [f"gate/trust_region_max_estimate_age_{bucket}_sequences_kept_share"]
+
+
 def test_the_acceptance_curve_gives_the_threshold_that_keeps_that_share() -> None:
     threshold = diagnosed()["trust_region/max_k2_nats_p50_estimate"]
 

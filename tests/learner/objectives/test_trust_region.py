@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import statistics
 from dataclasses import replace
 
@@ -231,6 +232,22 @@ def test_estimated_bounds_use_k2_for_the_maximum_and_unbiased_samples_for_means(
         assert metrics[f"trust_region/bound_{name}_estimate"] == pytest.approx(bound, rel=1e-3)
 
 
+@pytest.mark.parametrize("columns", [frozenset(), DIVERGENCES])
+def test_the_bounds_of_an_age_are_those_of_its_sequences_alone(columns: frozenset[Column]) -> None:
+    mixed = (replace(ROWS[2], ages=[0, 0, 0, 70, 70, 70]), replace(ROWS[6], ages=[100, 2000, 100]))  # the oldest counts
+    rows, proof = (*mixed, ROWS[0], ROWS[3], ROWS[4]), "" if not columns else "_estimate"
+    metrics = diagnosed(without(tokens_of(rows), columns))
+
+    for age, chosen in {"64_plus": rows[:2], "4_15": rows[2:3], "16_63": rows[3:]}.items():
+        alone = diagnosed(without(tokens_of(chosen), columns))
+        known = [name for name in alone if re.match(r"trust_region/(bound|kl|tv|sequence)_", name)]
+        assert len(known) == 12
+        for name in known:
+            found = metrics[name.replace("/", f"/age_{age}_")]
+            assert found == pytest.approx(alone[name], rel=1e-6)
+    assert f"trust_region/age_0_tv_max{proof}" not in metrics
+
+
 def test_a_bound_of_1_or_more_is_called_vacuous() -> None:
     far, near = diagnosed(without(tokens_of(), DIVERGENCES)), diagnosed(without(tokens_of(NEAR), DIVERGENCES))
 
@@ -250,7 +267,7 @@ def test_wild_ratios_give_finite_bounds() -> None:
     wild = tuple(replace(row, log_ratios=[40.0] * len(row.mask)) for row in ROWS)
     tokens = cleaned(without(tokens_of(wild), DIVERGENCES), ())
 
-    metrics = bound_metrics(tokens)
+    metrics = bound_metrics(tokens, {"": tokens.lengths > 0})
 
     assert all(math.isfinite(value) for value in metrics.values())
     assert metrics["trust_region/tv_max_estimate"] == 1.0
