@@ -86,7 +86,7 @@ class Stalewise(Recipe):
     lambda_start: NonNegative = 0.0
     """The constraint starts loose and tightens by itself."""
     lambda_max: NonNegative = 0.0
-    """0 = no constraint; on: 0.1, as in r2vpo. Off since it cost up to 15 points, gained none (docs/demo-recipe.md)."""
+    """0 = no constraint; on: 0.1, as in r2vpo. Off since it cost up to 15 points and gained none."""
     dual_step: NonNegative = 0.02
     """As in r2vpo."""
     dual_decay: Share = 0.9
@@ -94,8 +94,7 @@ class Stalewise(Recipe):
     max_log_ratio: Positive = 5.0
     """As in r2vpo."""
     bellman_coefficient: NonNegative = 0.0
-    """0 = no residual and no reference model; on: 1, at the reference as strong as token-mean REINFORCE. Off since that
-    cost 6 to 8 points (docs/demo-recipe.md)."""
+    """0 = no residual, no reference model; on: 1, token-mean REINFORCE at the reference. Off since 1 cost 6 to 8 points."""
     beta: Positive = 0.2
     """As in reval, for responses of tens of tokens."""
     centring: CentringName = CentringName.LEAVE_ONE_OUT
