@@ -94,7 +94,7 @@ class Stalewise(Recipe):
     max_log_ratio: Positive = 5.0
     """As in r2vpo."""
     bellman_coefficient: NonNegative = 0.0
-    """0 = no residual, no reference model; on: 1, token-mean REINFORCE at the reference. Off since 1 cost 6 to 8 points."""
+    """0 = no residual, no reference; on: 1, token-mean REINFORCE at the reference. Off since 1 cost 6 to 8 points."""
     beta: Positive = 0.2
     """As in reval, for responses of tens of tokens."""
     centring: CentringName = CentringName.LEAVE_ONE_OUT

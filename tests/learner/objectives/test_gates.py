@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from learner.objectives.advantages import group_mean
-from learner.objectives.gates import bounded_second_moment, inside_band, inside_clip, sequence_maximum, sequence_mean
+from learner.objectives.gates import (
+    bounded_second_moment,
+    inside_band,
+    inside_clip,
+    sequence_largest_k2,
+    sequence_maximum,
+    sequence_mean,
+)
 from learner.objectives.ratios import k2, k3, token_ratio
 from learner.objectives.recipes import build_objective
 from tests.learner.objectives.batches import from_logs, gradient, tokens_of
@@ -20,6 +27,8 @@ def test_gates_are_monotone_in_their_threshold_and_see_trained_tokens_only() -> 
     kept = [sequence_maximum(k2, threshold=t)(tokens, advantage)[:, 0].tolist() for t in (0.01, 0.03, 0.1)]
 
     assert kept == [[False, False], [False, True], [True, True]]
+    faster = [sequence_largest_k2(threshold=t)(tokens, advantage)[:, 0].tolist() for t in (0.01, 0.03, 0.1)]
+    assert faster == kept
 
 
 def test_a_sequence_on_the_threshold_is_kept() -> None:
@@ -27,6 +36,7 @@ def test_a_sequence_on_the_threshold_is_kept() -> None:
     largest = torch.ones(1, 1)
 
     assert sequence_maximum(k2, threshold=0.0)(tokens, largest).item()
+    assert sequence_largest_k2(threshold=0.0)(tokens, largest).item()
     assert sequence_mean(k3, threshold=0.0)(tokens, largest).item()
 
 
