@@ -9,8 +9,14 @@ from fastapi import Path, Response
 from buffer.errors import NotFound
 from services.operations import Operation
 
-_MEDIA_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
-_POLICY = "default-src 'self'; img-src data:; frame-ancestors 'none'"
+_MEDIA_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "txt": "text/plain"}
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
 
 
 def page_operations() -> Sequence[Operation]:
@@ -21,7 +27,7 @@ def page_operations() -> Sequence[Operation]:
         """Return the page."""
         return _file(contents, "index.html")
 
-    async def static_file(name: Annotated[str, Path(pattern=r"^[a-z]+\.[a-z]+$")]) -> Response:
+    async def static_file(name: Annotated[str, Path(pattern=r"^[a-z]+(\.[a-z]+)+$")]) -> Response:
         """Return a file of the page."""
         return _file(contents, name)
 
@@ -39,6 +45,4 @@ def page_operations() -> Sequence[Operation]:
 def _file(contents: dict[str, str], name: str) -> Response:
     if name not in contents:
         raise NotFound(f"the page has no file {name}")
-    media_type = _MEDIA_TYPES[name.rpartition(".")[2]]
-    headers = {"Content-Security-Policy": _POLICY, "Cache-Control": "no-cache"}
-    return Response(contents[name], media_type=media_type, headers=headers)
+    return Response(contents[name], media_type=_MEDIA_TYPES[name.rpartition(".")[2]], headers=_HEADERS)

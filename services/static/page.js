@@ -1,134 +1,107 @@
-// Polls /v1/stats once a second and draws it. No state but the token and the samples of the last seconds.
+// Polls /v1/stats once a second, draws it, and goes on by itself when the service comes back.
+import {ask, Refused} from "/static/api.js";
+import {drawBuffer} from "/static/buffer.js";
+import {chartsIn, found, gauge, lines, rate} from "/static/charts.js";
+import {startBrowser} from "/static/groups.js";
+import {History} from "/static/history.js";
+import {drawActors, drawLearner} from "/static/processes.js";
+import {$, bytes, number, seconds, share, write} from "/static/text.js";
+import {drawNow} from "/static/now.js";
+
 const POLL_MS = 1000;
-const RATE_WINDOW_MS = 10_000;
-const BARS = 8;
+const perSecond = (value) => `${number(value)} /s`;
+const updates = (value) => number(value);
+const nats = (value) => number(value);
 
-const $ = (id) => document.getElementById(id);
-const number = (value, digits = 3) =>
-  typeof value !== "number" || !Number.isFinite(value) ? "–"
-    : Number.isInteger(value) ? value.toLocaleString("en") : Number(value.toPrecision(digits)).toLocaleString("en", {maximumSignificantDigits: digits});
+const charts = [
+  chartsIn("charts-learning", [
+    {title: "Reward of trained batches, and evaluation", format: number,
+      series: (points) => [["reward, mean", gauge("reward/mean")(points)], ...found(/^eval\/(.+)$/, (match) => match[1].replaceAll("_", " "))(points)]},
+    {title: "Age of trained groups, updates", format: updates,
+      series: lines(["median", gauge("age/updates_p50")], ["90 %", gauge("age/updates_p90")])},
+    {title: "Updates per second", format: perSecond, series: lines(["updates", rate("updates")])},
+  ]),
+  chartsIn("charts-buffer", [
+    {title: "Groups per second", format: perSecond, series: lines(["accepted", rate("inserted")], ["handed out", rate("sampled")])},
+    {title: "Rollouts per second", format: perSecond, series: lines(["rollouts", rate("trajectories")])},
+    {title: "Stored groups", format: number, series: lines(["stored", gauge("groups")], ["never handed out", gauge("fresh")])},
+    {title: "Stored bytes", format: bytes, series: lines(["groups", gauge("bytes")], ["Redis memory", gauge("memory_bytes")])},
+    {title: "Times that a group is handed out, mean", format: number, series: lines(["reuse", gauge("reuse_mean")])},
+    {title: "Share of the time that the limiter holds them", format: share,
+      series: lines(["learner", gauge("learner_waits")], ["actors", gauge("actors_wait")])},
+  ]),
+  chartsIn("charts-learner", [
+    {title: "Time of an update by part", format: seconds, series: found(/^time\/(.+)_s$/, (match) => match[1].replaceAll("_", " "))},
+    {title: "Effective sample size, share", format: share, series: (points) => [["all ages", gauge("effective_samples/share")(points)],
+      ...found(/^effective_samples\/age_(.+)_share$/, (match) => match[1].replace("_plus", "+").replace("_", " – "))(points)]},
+    {title: "Ratio pi / behavior, quantiles", format: number, log: true, series: found(/^ratio\/p(\d\d)$/, (match) => `${Number(match[1])} %`)},
+    {title: "KL(behavior, pi), nats a token", format: nats, series: lines(["k1", gauge("k1/nats_mean")], ["k3", gauge("k3/nats_mean")])},
+    {title: "Sequences that the trust region keeps", format: share,
+      series: found(/^gate\/(.+)_sequences_kept_share$/, (match) => match[1].replaceAll("_", " "))},
+    {title: "Bounds on the error of the surrogate", format: number, log: true,
+      series: found(/^trust_region\/bound_(?!vacuous)(.+)$/, (match) => match[1].replaceAll("_", " "))},
+  ]),
+  chartsIn("charts-actors", [
+    {title: "Response tokens per second, all actors", format: perSecond, series: lines(["tokens", gauge("tokens_per_s")])},
+    {title: "Actors heard of", format: number, series: lines(["actors", gauge("actors")])},
+    {title: "From publication to loaded, mean of actors", format: seconds, series: lines(["load", gauge("publish_to_loaded_s")])},
+  ]),
+];
 
-function element(tag, text, className = "") {
-  const node = document.createElement(tag);
-  node.textContent = text; // never innerHTML: ids and sentences come from other machines
-  node.className = className;
-  return node;
-}
+const history = new History();
 
-function rows(table, lines, header) {
-  const bodies = lines.map((cells) => {
-    const row = document.createElement("tr");
-    row.append(...cells.map((cell) => element("td", cell)));
-    return row;
-  });
-  if (header) {
-    const row = document.createElement("tr");
-    row.append(...header.map((cell) => element("th", cell)));
-    bodies.unshift(row);
-  }
-  table.replaceChildren(...bodies);
-}
-
-function bars(box, buckets) {
-  const most = Math.max(1, ...buckets.map(([, count]) => count));
-  box.replaceChildren(...buckets.flatMap(([label, count]) => {
-    const bar = element("i", "");
-    bar.style.width = `${(100 * count) / most}%`;
-    return [element("span", label), bar, element("span", number(count))];
-  }));
-}
-
-// [[value, count], ...] -> at most BARS buckets of equal width, labelled by their bounds
-function bucketed(pairs) {
-  if (!pairs.length) return [["none", 0]];
-  const values = pairs.map(([value]) => value);
-  const low = Math.min(...values);
-  const width = Math.max(1, Math.ceil((Math.max(...values) - low + 1) / BARS));
-  const counts = new Map();
-  for (const [value, count] of pairs) {
-    const start = low + Math.floor((value - low) / width) * width;
-    counts.set(start, (counts.get(start) ?? 0) + count);
-  }
-  return [...counts].sort(([a], [b]) => a - b)
-    .map(([start, count]) => [width === 1 ? `${start}` : `${start}–${start + width - 1}`, count]);
-}
-
-const samples = []; // {at, rollouts, updates} of the last RATE_WINDOW_MS
-function rates(stats) {
-  const now = {at: performance.now(), rollouts: stats.table.num_trajectories_total, updates: stats.learner?.updates ?? 0};
-  samples.push(now);
-  while (samples[0].at < now.at - RATE_WINDOW_MS) samples.shift();
-  const seconds = (now.at - samples[0].at) / 1000;
-  const rate = (field) => (seconds > 0 ? (now[field] - samples[0][field]) / seconds : NaN);
-  return {rollouts: rate("rollouts"), updates: rate("updates")};
+function say(text, kind) {
+  write($("state"), text);
+  $("state").className = kind;
+  $("main").classList.toggle("old", kind === "lost");
 }
 
 function draw(stats) {
-  const {table, learner, actors, run} = stats;
-  const metrics = learner?.metrics ?? {};
-  const clock = Math.max(0, learner?.version ?? 0, table.latest_version); // as the table reckons ages
-  const perSecond = rates(stats);
-  $("run").textContent = run.run_id;
-  const tiles = [
-    ["reward, last batch", number(metrics["reward/mean"])],
-    ["weight version", number(table.latest_version)],
-    ["updates", learner?.total_updates ? `${number(learner.updates)} of ${number(learner.total_updates)}` : number(learner?.updates)],
-    ["updates/s", number(perSecond.updates, 2)],
-    ["rollouts", number(table.num_trajectories_total)],
-    ["rollouts/s", number(perSecond.rollouts, 2)],
-    ["age trained, median", number(metrics["age/updates_p50"])],
-    ["reuse, mean", number(table.reuse_mean)],
-    ["groups stored", number(table.num_groups)],
-    ["MB stored", number(table.bytes / 1e6)],
-  ];
-  $("tiles").replaceChildren(...tiles.map(([label, value]) => {
-    const tile = element("div", "", "tile");
-    tile.append(element("b", value), element("span", label));
-    return tile;
-  }));
-  const waits = [...table.waits, ...(learner?.waiting ? [learner.waiting] : [])];
-  $("waits").textContent = waits.map((wait) => `${wait.who}, ${number(wait.since_s, 2)} s: ${wait.reason}`).join("; ") || "nobody";
-  $("waits").className = waits.length ? "waiting" : "";
-  bars($("ages"), bucketed(Object.entries(table.stored_versions).map(([version, count]) => [clock - Number(version), count])));
-  bars($("uses"), bucketed(Object.entries(table.stored_uses).map(([uses, count]) => [Number(uses), count])));
-  rows($("outcomes"), Object.entries(table.outcomes).map(([name, count]) => [name, number(count)]));
-  rows($("removed"), Object.entries(table.removed).map(([name, count]) => [name, number(count)]));
-  rows($("actors"),
-    actors.map((actor) => [actor.actor_id, actor.state, number(actor.version), number(actor.tokens_per_s),
-      number(actor.groups_total), `${number(actor.age_s, 2)} s ago`, actor.detail]),
-    ["actor", "state", "version", "tokens/s", "groups", "heard", ""]);
-  rows($("metrics"), Object.entries(metrics).sort().map(([name, value]) => [name, number(value, 4)]));
-  rows($("promises"), Object.entries(stats.promises));
+  write($("run"), stats.run.run_id);
+  document.title = `${stats.run.run_id} · Stalewise`;
+  drawNow(stats, history.points);
+  drawBuffer(stats, history.points);
+  drawLearner(stats);
+  drawActors(stats);
 }
 
-function say(text, lost) {
-  $("state").textContent = text;
-  $("state").className = lost ? "lost" : "";
+async function look() {
+  const stats = await ask("/v1/stats");
+  $("login").hidden = true;
+  $("main").hidden = false;
+  if (await history.refresh()) charts.forEach((some) => some.draw(history.points));
+  draw(stats);
+  say(`live, service up for ${seconds(stats.uptime_s)}`, "live");
+}
+
+function explain(error) {
+  if (error instanceof Refused && [401, 403].includes(error.status)) {
+    $("login").hidden = false;
+    $("main").hidden = true;
+    const tried = sessionStorage.getItem("token") !== null;
+    write($("refused"), tried ? error.message : "");
+    say("a token is needed", "");
+  } else if (error instanceof Refused) {
+    say(`${error.message} (request ${error.requestId})`, "lost");
+  } else {
+    say(`no answer from the service, asking again: ${error.message}`, "lost");
+  }
 }
 
 async function poll() {
-  const token = sessionStorage.getItem("token");
+  const began = performance.now();
   try {
-    const response = await fetch("/v1/stats", {
-      headers: {Accept: "application/json", ...(token ? {Authorization: `Bearer ${token}`} : {})},
-      signal: AbortSignal.timeout(10_000),
-    });
-    const body = await response.json();
-    $("login").hidden = ![401, 403].includes(response.status);
-    if (response.ok) {
-      draw(body);
-      say(`live, service up for ${number(Math.round(body.uptime_s))} s`, false);
-    } else {
-      say(`${body.detail}. ${body.hint}`, true);
-    }
+    await look();
   } catch (error) {
-    say(`no answer from the service: ${error.message}`, true);
+    explain(error);
   }
-  setTimeout(poll, POLL_MS);
+  setTimeout(poll, Math.max(100, POLL_MS - (performance.now() - began)));
 }
 
 $("login").addEventListener("submit", (event) => {
   event.preventDefault();
   sessionStorage.setItem("token", $("token").value);
+  $("token").value = "";
 });
+startBrowser();
 poll();
