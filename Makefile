@@ -6,7 +6,7 @@ export OMP_NUM_THREADS := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup docs demo compare staleness staleness-quick test test-chaos test-fuzz mutation lint format types imports check setup-vllm test-vllm
+.PHONY: setup demo compare staleness staleness-quick test test-chaos test-fuzz mutation lint format types imports check setup-vllm test-vllm setup-reverb bench-buffer
 
 setup: $(VENV)/.done
 
@@ -55,10 +55,7 @@ types: setup
 imports: setup
 	$(BIN)/lint-imports
 
-docs: setup
-	$(BIN)/mkdocs build --strict --quiet
-
-check: lint types imports docs test
+check: lint types imports test
 
 # vLLM pins other versions than ours: an environment of its own, on its CPU build
 VENV_VLLM := .venv-vllm
@@ -71,3 +68,15 @@ $(VENV_VLLM)/.done: pyproject.toml constraints-vllm.txt scripts/setup-vllm
 # the service of the end-to-end test runs from .venv; the fixtures of the other tests need what is not installed here
 test-vllm: setup setup-vllm
 	$(VENV_VLLM)/bin/pytest tests/vllm --confcutdir=tests/vllm
+
+# DeepMind's Reverb needs an old TensorFlow: an environment of its own, 1.7 GB, for the comparison of benchmarks/buffer.py
+VENV_REVERB := .venv-reverb
+
+setup-reverb: $(VENV_REVERB)/.done
+
+$(VENV_REVERB)/.done: constraints-reverb.txt scripts/setup-reverb
+	scripts/setup-reverb $(PYTHON) $(VENV_REVERB)
+
+# under ten minutes; shorter with ARGS=--quick
+bench-buffer: setup setup-reverb
+	$(BIN)/python -m benchmarks.buffer $(ARGS)

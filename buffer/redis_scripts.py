@@ -19,6 +19,10 @@ def shard_prefix(run_id: str, shard: int) -> str:
     return f"sw:{{{run_id}:{shard}}}:"
 
 
+VALUE_LIFE_S = 60
+"""Seconds for which a value waits for the script that takes it; it follows at once, unless its sender was killed."""
+
+
 class RedisScripts:
     """Runs scripts on the keys below `prefix`, with the settings and the time that each of them reads."""
 
@@ -33,17 +37,28 @@ class RedisScripts:
         """Return the full name of a key of common.lua."""
         return self._prefix + name
 
-    def run(self, name: str, calls: Sequence[Sequence[str | bytes]]) -> list[Any]:
-        """Run a script once per call, all in one round trip; load it first where Redis does not know it."""
+    def run(
+        self, name: str, calls: Sequence[Sequence[str | bytes]], *, values: Mapping[str, bytes] | None = None
+    ) -> list[Any]:
+        """Run a script once per call, all in one round trip; load it first where Redis does not know it.
+
+        `values` are set before, for VALUE_LIFE_S: what is large goes past Lua, which would copy it twice.
+        """
         if not calls:
             return []
         digest, source = self._sources[name]
         with store_errors():
             pipeline: Any = self._client.pipeline(transaction=False)
+            for key, value in (values or {}).items():
+                pipeline.set(key, value, ex=VALUE_LIFE_S)
             for call in calls:
                 # the method of this name is closed to pipelines on a cluster, although all keys are on one node of it
                 pipeline.execute_command("EVALSHA", digest, 1, self._prefix, self._settings, repr(self._clock()), *call)
             answers: list[Any] = pipeline.execute(raise_on_error=False)
+            for refused in answers[: len(values or {})]:
+                if isinstance(refused, Exception):
+                    raise refused
+            del answers[: len(values or {})]
             unknown = [i for i, answer in enumerate(answers) if isinstance(answer, redis.exceptions.NoScriptError)]
             if unknown:
                 self._client.script_load(source)
@@ -79,7 +94,8 @@ def store_errors() -> Iterator[None]:
 
 
 _REFUSALS = {
-    "OOM command": ("Redis is out of memory", "raise its maxmemory, or lower table.capacity_bytes"),
+    "used memory > 'maxmemory'": ("Redis is out of memory", "raise its maxmemory, or lower table.capacity_bytes"),
+    "GONE": ("Redis was away between a group and its insert", "try again"),
     "MISCONF": ("Redis cannot write to its disk", "free disk space, then try again"),
     "READONLY": ("this Redis is a read-only replica", "connect to the primary"),
 }

@@ -1,6 +1,7 @@
 """The replay table on Redis: every invariant is one Lua script of buffer/lua, whose common.lua is the key schema."""
 
 import random
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import itemgetter
@@ -74,9 +75,9 @@ class RedisTable:
                 self._count(f"result:{refused[0]}")
                 results.append(_insert_result(group, *refused))
             else:
-                submitted.append((self._facts_for_insert(group, record), record))
+                submitted.append((self.facts_for_insert(group, record), record))
                 results.append(None)
-        answers = iter(self._run_insert(submitted))
+        answers = iter(self.run_insert(submitted))
         return [
             result if result is not None else _insert_result(group, *next(answers))
             for group, result in zip(groups, results, strict=True)
@@ -96,21 +97,21 @@ class RedisTable:
         """Draw at once, and read the groups as they are asked for; see ServedTable."""
         check_request(request, self._limiter)
         check_weighting(request.selector, self._settings.weighting)
-        code, rest = self._run_sample(request, "draw")
+        code, rest = self.run_sample(request, "draw")
         if code == "no_fit":
             raise self._no_fit(request, rest)
         return self._with_bodies(rest[0]) if code == "drawn" else iter(())
 
     def look(self, request: SampleRequest) -> Opening | None:
         """Say what a draw could choose from now, None while it must wait; see Shard."""
-        code, rest = self._run_sample(request, "look")
+        code, rest = self.run_sample(request, "look")
         if code == "no_fit":
             raise self._no_fit(request, rest)
         return Opening(float(rest[0]), float(rest[1])) if code == "open" else None
 
     def draw_or_leave(self, request: SampleRequest) -> Iterator[list[EncodedSample]] | None:
         """Hand out a draw, or never make it here; see Shard."""
-        code, rest = self._run_sample(request, "leave")
+        code, rest = self.run_sample(request, "leave")
         return self._with_bodies(rest[0]) if code == "drawn" else None
 
     def pin(self, request_id: str, *, known: str = "", choice: str = "") -> str:
@@ -206,7 +207,7 @@ class RedisTable:
 
     def _with_bodies(self, packed: bytes) -> Iterator[list[EncodedSample]]:
         """Read the bodies of a draw, a chunk at each step."""
-        drawn: list[DrawnEntry] = msgpack.unpackb(packed)
+        drawn: list[DrawnEntry] = list(zip(*msgpack.unpackb(packed), strict=True))
         for chunk in chunks_of(drawn, size=itemgetter(4), max_bytes=READ_CHUNK_BYTES):
             with store_errors():
                 bodies: Any = self._client.mget([self._scripts.key(f"body:{entry[0]}") for entry in chunk])
@@ -223,7 +224,7 @@ class RedisTable:
     def _lot(self) -> float:
         return self._rng.expovariate(1.0) if self._settings.weighting is not None else 0.0
 
-    def _facts_for_insert(self, group: Group, record: bytes, *, sealed: bool = False) -> dict[str, Any]:
+    def facts_for_insert(self, group: Group, record: bytes, *, sealed: bool = False) -> dict[str, Any]:
         """Return what insert.lua wants to know about a group; see its header."""
         counts = counts_of(group, solved_reward=self._settings.solved_reward)
         return _version_facts(group) | {
@@ -239,13 +240,15 @@ class RedisTable:
             "lot": self._lot(),
         }
 
-    def _run_insert(self, submitted: Sequence[tuple[dict[str, Any], bytes]]) -> list[tuple[str, Facts]]:
+    def run_insert(self, submitted: Sequence[tuple[dict[str, Any], bytes]]) -> list[tuple[str, Facts]]:
         """Insert groups, as many in one script as keep others waiting for a moment only."""
-        calls = [
-            [msgpack.packb([facts for facts, _ in chunk]), *(record for _, record in chunk)]
-            for chunk in chunks_of(submitted, size=lambda one: len(one[1]), max_bytes=_INSERT_CHUNK_BYTES)
-        ]
-        return [_answer(answer) for answers in self._scripts.run("insert", calls) for answer in answers]
+        answers: list[list[bytes]] = []
+        for chunk in chunks_of(submitted, size=lambda one: len(one[1]), max_bytes=_INSERT_CHUNK_BYTES):
+            sender = self._scripts.key(f"incoming:{secrets.token_hex(8)}:")
+            values = {f"{sender}{number}": record for number, (_, record) in enumerate(chunk)}
+            facts: bytes = msgpack.packb([facts | {"bytes": len(record)} for facts, record in chunk])
+            answers += self._scripts.run("insert", [[facts, sender]], values=values)[0]
+        return [_answer(answer) for answer in answers]
 
     def _count(self, counter: str, number: int = 1) -> None:
         with store_errors():
@@ -295,12 +298,10 @@ class RedisTable:
         records = [record for name, record in raw.items() if name.startswith(b"t:")]
         group = group_of(self._run_id, group_id, raw[b"fields"].decode(), records)
         record = encode_group(group)
-        return _insert_result(
-            group, *self._run_insert([(self._facts_for_insert(group, record, sealed=True), record)])[0]
-        )
+        return _insert_result(group, *self.run_insert([(self.facts_for_insert(group, record, sealed=True), record)])[0])
 
-    def _run_sample(self, request: SampleRequest, mode: str) -> tuple[str, list[bytes]]:
-        """Return what sample.lua answers, once it has nothing left to do first. Raises Conflict."""
+    def run_sample(self, request: SampleRequest, mode: str) -> tuple[str, list[bytes]]:
+        """Return what sample.lua answers, once it has nothing left to do first. Raises Conflict. For measurements."""
         arguments = self._sample_arguments(request, mode)
         code, *rest = self._scripts.run("sample", [arguments])[0]
         while code == b"again":

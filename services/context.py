@@ -31,6 +31,9 @@ class ServiceSettings(Settings):
     """Where learner, actors and `stats` find the service. None = the run's service.json, else host and port."""
     redis_url: str | None = None
     """A Redis of yours, such as redis://redis:6379/0. None = the service starts its own."""
+    samples_from_redis: bool = False
+    """Whether the learner reads its batches from `redis_url` itself: less work for each, but whoever reaches Redis may
+    do anything to the run, so only inside a network that you trust. table and limiter must be those of the service."""
     token: SecretStr | None = None
     """The bearer token that this process sends as a client."""
     tokens: TokenSettings = TokenSettings()

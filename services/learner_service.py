@@ -6,8 +6,9 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -15,11 +16,15 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from buffer.client import ClientSettings, HttpTable, HttpWeightStore, ServiceClient
-from buffer.errors import RunMismatch, ServiceUnreachable, StoreUnavailable
+from buffer.errors import InvalidSettings, RunMismatch, ServiceUnreachable, StoreUnavailable
 from buffer.evaluations_client import HttpEvaluations
 from buffer.fingerprint import model_fingerprint
-from buffer.table import Wait
+from buffer.heap import keep_freed_memory
+from buffer.redis_server import connect as connect_to_redis
+from buffer.redis_shards import open_table
+from buffer.table import SampleRequest, TableStats, Wait
 from buffer.trained import TrainedGroup
+from buffer.types import Sample
 from buffer.wire import LearnerReport
 from learner.admission import Admission
 from learner.checkpoint import Checkpoints
@@ -94,6 +99,7 @@ def run_learner(config: RunConfig, *, resume: bool) -> None:
 
     Raises InvalidSettings, RunMismatch, CorruptCheckpoint, ServiceUnreachable, and what ends the loop.
     """
+    keep_freed_memory()
     torch.set_num_threads(config.learner.threads)
     torch.manual_seed(config.run.seed)
     transformers_logging.disable_progress_bar()
@@ -119,7 +125,7 @@ def run_learner(config: RunConfig, *, resume: bool) -> None:
         _watch_evaluations(config, stop, stack)
         LearnerLoop(
             trainer=trainer,
-            prefetcher=_make_prefetcher(config, trainer, HttpTable(client)),
+            prefetcher=_make_prefetcher(config, trainer, sample_source(config, client, stack)),
             admission=Admission(
                 max_age_updates=config.table.max_age_updates,
                 vocab_size=trainer.policy.vocab_size,
@@ -175,10 +181,36 @@ def _make_trainer(config: RunConfig, model_dir: Path, objective: Objective) -> T
     )
 
 
-def _make_prefetcher(config: RunConfig, trainer: Trainer, table: HttpTable) -> Prefetcher:
+@dataclass(frozen=True, slots=True)
+class SampleSource:
+    """Where batches come from."""
+
+    draw: Callable[[SampleRequest], list[Sample]]
+    stats: Callable[[], TableStats]
+
+
+def sample_source(config: RunConfig, client: ServiceClient, stack: ExitStack) -> SampleSource:
+    """Return the service as a source of batches, or its Redis, with the same retries. Raises InvalidSettings."""
+    if not config.service.samples_from_redis:
+        http = HttpTable(client)
+        return SampleSource(partial(http.sample, timeout_s=config.learner.sample_timeout_s), http.stats)
+    if config.service.redis_url is None:
+        raise InvalidSettings(
+            "service.samples_from_redis is set, but service.redis_url is not: a service's own Redis cannot be reached",
+            hint="give service.redis_url to service and learner",
+        )
+    connection = stack.enter_context(closing(connect_to_redis(config.service.redis_url)))
+    table = open_table(connection, config.table, config.limiter, config.run.name)
+    return SampleSource(
+        lambda request: client.retry(partial(table.sample, request), what="draw from Redis"),
+        lambda: client.retry(table.stats, what="statistics from Redis"),
+    )
+
+
+def _make_prefetcher(config: RunConfig, trainer: Trainer, source: SampleSource) -> Prefetcher:
     return Prefetcher(
-        partial(table.sample, timeout_s=config.learner.sample_timeout_s),
-        table.stats,
+        source.draw,
+        source.stats,
         config.learner,
         clock=lambda: trainer.progress.clock,
         schedule=selector_schedule(config.learner, updates_done=trainer.progress.updates),

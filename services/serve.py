@@ -24,6 +24,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from buffer.errors import InvalidSettings, StoreUnavailable
+from buffer.heap import keep_freed_memory
 from buffer.redis_scripts import shard_prefix
 from buffer.redis_server import check_promises, connect, redis_server
 from buffer.redis_shards import claim_shards, open_table
@@ -56,6 +57,7 @@ def run_service(config: RunConfig) -> None:
     Raises InvalidSettings (a port in use, no token on an open bind, a directory that cannot be written, a Redis that
     promises too little) and StoreUnavailable (Redis does not answer, or our own one died).
     """
+    keep_freed_memory()
     service, directory = config.service, config.run.directory
     check_bind(service.host, service.tokens)
     log_settings(config)

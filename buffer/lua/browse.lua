@@ -36,7 +36,7 @@ local function main()
   for i = 1, math.min(#members, query.limit + 1) do
     local member = members[i]
     local group = facts[member]
-    reply[i + 1] = { member, group.version, group.uses, group.bytes,
+    reply[i + 1] = { member, group[VERSION], group[USES], group[BYTES],
       unpack(cmsgpack.unpack(redis.call('HGET', key('about'), member))) }
   end
   return cmsgpack.pack(reply)

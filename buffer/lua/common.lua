@@ -25,6 +25,7 @@
 --                        padded, so that ties of a score go to the oldest
 -- body:<member>  string  canonical msgpack of the group (codec.py). That of a removed group that was handed out lives on
 --                        until repeat_window_s after that, for a repeat of the request
+-- incoming:<sender>:<number>  string  body of a group whose insert follows at once; expires
 -- facts          hash    member -> struct <dddddB of what changes or decides about draws: weight (weighting.lua; 0 without
 --                        one), oldest version (-1 = none), bytes, uses, time of the last use (0 = never), 1 = train
 -- about          hash    member -> cmsgpack {group_id, content (hash), prompt_id, split, foreign (bool), tokens,
@@ -56,8 +57,8 @@
 -- presence       hash    no script reads it; services/presence.py keeps the last heartbeat of each actor and the learner's
 --                        last report there, as JSON by name
 -- evaluations    hash    no script reads it; services/evaluations.py keeps claims and results there, as JSON by name
--- draw:<request> string  cmsgpack {request, time in seconds, list of {member, uses, age or false, probability, bytes}},
---                        expires; in place of the list 'left', where another shard makes the draw
+-- draw:<request> string  cmsgpack {request, time in seconds, what sample.lua returned of the draw}, expires; in its place
+--                        'left', where another shard makes the draw
 -- pin:<request>  string  `<number of the shard that makes the draw> <share of its weight>`, in the shard that the
 --                        request id hashes to, where there are several; expires
 -- shards         string  number of shards of the run; shard 0 alone has it
@@ -128,7 +129,6 @@ end
 
 local function count(histogram, bucket, change)
   local changes = bucket_changes[histogram]
-  bucket = integer(bucket)
   changes[bucket] = (changes[bucket] or 0) + change
 end
 
@@ -147,23 +147,24 @@ local function end_wait(who)
   set_stat(who .. '_wait_last_s', nil)
 end
 
-local facts = {} -- member -> the facts of a group as they were read or changed
+local FACTS = '<dddddB'
+local WEIGHT, VERSION, BYTES, USES, USED_S, TRAIN = 1, 2, 3, 4, 5, 6
+local facts = {} -- member -> the facts of a group as they were read or changed, by the numbers above
 local changed_facts = {} -- member -> true; finish.lua writes them
 
 -- Read the facts of stored groups.
 local function read_facts(members)
-  local missing = {}
+  local missing, count = {}, 0
   for _, member in ipairs(members) do
     if not facts[member] then
-      missing[#missing + 1] = member
+      count = count + 1
+      missing[count] = member
     end
   end
-  for i = 1, #missing, STACK do
-    local packed = redis.call('HMGET', key('facts'), unpack(missing, i, math.min(i + STACK - 1, #missing)))
+  for i = 1, count, STACK do
+    local packed = redis.call('HMGET', key('facts'), unpack(missing, i, math.min(i + STACK - 1, count)))
     for j = 1, #packed do
-      local weight, version, bytes, uses, used_s, train = struct.unpack('<dddddB', packed[j])
-      facts[missing[i + j - 1]] =
-        { weight = weight, version = version, bytes = bytes, uses = uses, used_s = used_s, train = train == 1 }
+      facts[missing[i + j - 1]] = { struct.unpack(FACTS, packed[j]) }
     end
   end
 end
@@ -230,25 +231,26 @@ local leave_weighted -- function(member, prompt_id) of weighting.lua: take a tra
 -- Take a group out of the table. Age and TTL count a train group that nobody used apart.
 local function remove(member, reason)
   local group, about = facts_of(member), about_of(member)
+  local is_train = group[TRAIN] == 1
   redis.call('HDEL', key('sequences'), about.group_id)
   redis.call('ZREM', key('groups_of:' .. about.prompt_id), member)
-  for _, index in ipairs(group.train and { 'train', 'fresh', 'ages' } or { 'eval' }) do
+  for _, index in ipairs(is_train and { 'train', 'fresh', 'ages' } or { 'eval' }) do
     redis.call('ZREM', key(index), member)
   end
   if redis.call('ZREM', key('evictable'), member) == 1 then
-    add_stat('evictable_bytes', -group.bytes)
+    add_stat('evictable_bytes', -group[BYTES])
   end
-  add_stat('bytes', -group.bytes)
-  if group.train then
+  add_stat('bytes', -group[BYTES])
+  if is_train then
     leave_weighted(member, about.prompt_id)
-    count_train(group.uses, about.tokens, about.foreign, group.version, -1)
+    count_train(group[USES], about.tokens, about.foreign, group[VERSION], -1)
   end
   remember(about.group_id, about.content)
-  if group.train and group.uses == 0 and (reason == 'age' or reason == 'ttl') then
+  if is_train and group[USES] == 0 and (reason == 'age' or reason == 'ttl') then
     reason = reason .. '_unsampled'
   end
   add_stat('removed:' .. reason, 1)
-  local repeatable_s = group.used_s > 0 and group.used_s + settings.table.repeat_window_s - tonumber(now) or 0
+  local repeatable_s = group[USED_S] > 0 and group[USED_S] + settings.table.repeat_window_s - tonumber(now) or 0
   if repeatable_s > 0 then
     redis.call('PEXPIRE', key('body:' .. member), math.ceil(1000 * repeatable_s) + 5000)
   else

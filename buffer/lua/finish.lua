@@ -2,12 +2,10 @@
 
 local answer = main()
 
-local packed = {}
+local packed, count = {}, 1
 for member in pairs(changed_facts) do
-  local group = facts[member]
-  packed[#packed + 1] = member
-  packed[#packed + 1] = struct.pack(
-    '<dddddB', group.weight, group.version, group.bytes, group.uses, group.used_s, group.train and 1 or 0)
+  packed[count], packed[count + 1] = member, struct.pack(FACTS, unpack(facts[member], 1, TRAIN))
+  count = count + 2
 end
 call_many('HSET', 'facts', packed)
 
@@ -24,8 +22,8 @@ for field, change in pairs(stat_changes) do
 end
 for histogram, changes in pairs(bucket_changes) do
   for bucket, change in pairs(changes) do
-    if change ~= 0 and redis.call('HINCRBY', key(histogram), bucket, change) == 0 then
-      redis.call('HDEL', key(histogram), bucket) -- empty buckets leave
+    if change ~= 0 and redis.call('HINCRBY', key(histogram), integer(bucket), change) == 0 then
+      redis.call('HDEL', key(histogram), integer(bucket)) -- empty buckets leave
     end
   end
 end

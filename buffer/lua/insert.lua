@@ -2,8 +2,8 @@
 --
 -- ARGV[3] cmsgpack list of {group_id, prompt_id, content, split, oldest, newest, foreign (bool), tokens, trajectories,
 --         solved, reward_sum, sealed (bool: assembled from a sealed partial group), lot = what is left of its clock at
---         the start, exponential of mean 1}; the versions are nil when no span has one
--- ARGV[4...] the encoded groups
+--         the start, exponential of mean 1, bytes}; the versions are nil when no span has one
+-- ARGV[4] the encoded groups are at this key followed by 0, 1 ...
 -- Returns {code, fact...} of each: `accepted` or a refusal of outcomes.py with the numbers of its sentence as strings.
 
 local groups = cmsgpack.unpack(ARGV[3])
@@ -44,21 +44,21 @@ local function make_room(bytes)
   end
   while stored >= capacity or stored_bytes + bytes > capacity_bytes do
     local member = redis.call('ZRANGE', key('evictable'), 0, 0)[1]
-    stored_bytes = stored_bytes - facts_of(member).bytes
+    stored_bytes = stored_bytes - facts_of(member)[BYTES]
     stored = stored - 1
     remove(member, 'capacity')
   end
   return nil
 end
 
-local function refused(group, bytes)
+local function refused(group)
   local known = known_content(group.group_id)
   if known then
     return { known == group.content and 'stored' or 'conflict' }
   end
   return refused_for_version(group, latest_version())
     or group.split == 'train' and refused_for_training(group)
-    or make_room(bytes)
+    or make_room(group.bytes)
 end
 
 -- Add the group to the counts of its prompt and return them.
@@ -95,33 +95,36 @@ local function store_train(member, group, sequence)
   redis.call('HINCRBYFLOAT', key('stats'), 'reward_sum', group.reward_sum)
 end
 
-local function store(group, body, sequence)
+local function store(group, incoming, sequence)
   local member, is_train = member_of(sequence), group.split == 'train'
-  redis.call('SET', key('body:' .. member), body)
+  redis.call('RENAME', incoming, key('body:' .. member))
+  redis.call('PERSIST', key('body:' .. member))
   redis.call('HSET', key('about'), member, cmsgpack.pack({ group.group_id, group.content, group.prompt_id, group.split,
     group.foreign, group.tokens, group.trajectories, group.reward_sum, tonumber(now) }))
-  facts[member] =
-    { weight = 0, version = group.oldest or -1, bytes = #body, uses = 0, used_s = 0, train = is_train }
+  facts[member] = { 0, group.oldest or -1, group.bytes, 0, 0, is_train and 1 or 0 }
   changed_facts[member] = true
   redis.call('ZADD', key('groups_of:' .. group.prompt_id), sequence, member)
   redis.call('HSET', key('sequences'), group.group_id, member)
-  add_stat('bytes', #body)
+  add_stat('bytes', group.bytes)
   if is_train then
     store_train(member, group, sequence)
   else
     redis.call('ZADD', key('eval'), sequence, member)
-    make_evictable(member, #body)
+    make_evictable(member, group.bytes)
   end
   end_wait('actors')
   set_stat('no_room', nil)
 end
 
-local function insert(group, body, sequence)
-  local result = refused(group, #body)
+local function insert(group, incoming, sequence)
+  local result = refused(group)
   if not result then
-    store(group, body, sequence)
+    store(group, incoming, sequence)
     result = { 'accepted' }
-  elseif result[1] == 'pace' or result[1] == 'capacity' then
+  else
+    redis.call('UNLINK', incoming)
+  end
+  if result[1] == 'pace' or result[1] == 'capacity' then
     start_wait('actors', result[1])
     if result[1] == 'capacity' then
       set_stat('no_room', 1)
@@ -139,6 +142,13 @@ local function insert(group, body, sequence)
 end
 
 local function main()
+  local incoming = {}
+  for i = 1, #groups do
+    incoming[i] = ARGV[4] .. (i - 1)
+  end
+  if redis.call('EXISTS', unpack(incoming)) < #groups then
+    return redis.error_reply('GONE the groups have expired before they were inserted')
+  end
   -- The first write is one that Redis refuses when memory is full: then nothing at all has happened.
   local sequence = redis.call('HINCRBY', key('stats'), 'sequence', #groups) - #groups
   read_stats('latest_version', 'inserted', 'removed:age_unsampled', 'removed:ttl_unsampled', 'sampled', 'wanted_fresh',
@@ -147,7 +157,7 @@ local function main()
   forget_overdue()
   local results = {}
   for i, group in ipairs(groups) do
-    results[i] = insert(group, ARGV[3 + i], sequence + i)
+    results[i] = insert(group, incoming[i], sequence + i)
   end
   return results
 end

@@ -15,7 +15,7 @@ local function main()
   read_facts(members)
   local updated = 0
   for i, member in ipairs(members) do
-    if facts[member].train then
+    if facts[member][TRAIN] == 1 then
       reweigh(member, posted[i][2], posted[i][3])
       if posted[i][2] > line.top then
         set_line('top', posted[i][2])

@@ -4,7 +4,7 @@
 --         of selectors.draw_lots, mode}; mode `draw`; `look` = only say whether a draw could go on; `leave` = a draw that
 --         would have to wait is never made here, under this request_id
 -- ARGV[4] the request as one string: a repeat must be equal to the draw that it repeats
--- Returns {'drawn', cmsgpack list of {member, uses, age (false for data without a version), probability, bytes}};
+-- Returns {'drawn', cmsgpack {members, uses, ages (false for data without a version), probabilities, bytes}}, five lists;
 --         the caller then reads the bodies, which stay at least repeat_window_s whatever becomes of the groups;
 --         {'again'} when more overdue groups must be removed, or other work done, first; {'conflict'} for a reused request_id;
 --         {'open', weight, reference} to a look: the weight that it may choose from is weight x 2 ^ reference; {'left'};
@@ -31,18 +31,19 @@ local function blocked(pace, eligible)
   return short or nil
 end
 
+-- A choice is two lists: members, and the probability of each.
 local function first(command, index, limit)
-  local chosen = {}
-  for _, member in ipairs(limit > 0 and redis.call(command, key(index), 0, limit - 1) or {}) do
-    chosen[#chosen + 1] = { member, 1 }
+  local members, chances = limit > 0 and redis.call(command, key(index), 0, limit - 1) or {}, {}
+  for i = 1, #members do
+    chances[i] = 1
   end
-  return chosen
+  return members, chances
 end
 
-local function set_of(chosen)
+local function set_of(members)
   local is_taken = {}
-  for _, entry in ipairs(chosen) do
-    is_taken[entry[1]] = true
+  for _, member in ipairs(members) do
+    is_taken[member] = true
   end
   return is_taken
 end
@@ -62,82 +63,76 @@ local function draw_ranks(taken, total)
   return drawn
 end
 
-local function add_uniform(chosen)
+local function add_uniform(chosen, chances)
   local total, taken = redis.call('ZCARD', key('train')), {}
-  for i, entry in ipairs(chosen) do
-    taken[i] = redis.call('ZRANK', key('train'), entry[1])
+  for i, member in ipairs(chosen) do
+    taken[i] = redis.call('ZRANK', key('train'), member)
   end
-  local chance = 1 / math.max(1, total - #taken)
-  for _, rank in ipairs(draw_ranks(taken, total)) do
-    chosen[#chosen + 1] = { redis.call('ZRANGE', key('train'), rank, rank)[1], chance }
+  local chance, count = 1 / math.max(1, total - #taken), #taken
+  for i, rank in ipairs(draw_ranks(taken, total)) do
+    chosen[count + i], chances[count + i] = redis.call('ZRANGE', key('train'), rank, rank)[1], chance
   end
-  return chosen
 end
 
 -- Add the first of an index, in the order of the command, that are not chosen yet.
-local function add_first(chosen, command, index)
-  local is_taken = set_of(chosen)
-  for _, entry in ipairs(first(command, index, request.num_groups)) do
-    if #chosen < request.num_groups and not is_taken[entry[1]] then
-      chosen[#chosen + 1] = entry
+local function add_first(chosen, chances, command, index)
+  local is_taken, count = set_of(chosen), #chosen
+  for _, member in ipairs(redis.call(command, key(index), 0, request.num_groups - 1)) do
+    if count < request.num_groups and not is_taken[member] then
+      count = count + 1
+      chosen[count], chances[count] = member, 1
     end
   end
-  return chosen
-end
-
-local function add_by_rank(chosen)
-  return add_first(chosen, 'ZRANGE', 'weighted')
 end
 
 -- The sum of the weights that the draw may choose from.
 local function eligible_weight(chosen)
   local total = line.total
-  for _, entry in ipairs(chosen) do
-    total = total - weight_of(facts[entry[1]].weight, line.reference)
+  for _, member in ipairs(chosen) do
+    total = total - weight_of(facts[member][WEIGHT], line.reference)
   end
   return total
 end
 
 -- WeightedIndex.draw
-local function add_by_clock(chosen)
-  local fresh = {}
-  for i, entry in ipairs(chosen) do
-    fresh[i] = entry[1]
-  end
-  local last = request.num_groups - 1
+local function add_by_clock(chosen, chances)
+  local last, count, num_passed = request.num_groups - 1, #chosen, 0
   local members, scores = members_and_scores(redis.call('ZRANGE', key('weighted'), 0, last, 'WITHSCORES'))
-  read_facts(fresh)
+  read_facts(chosen)
   read_facts(members)
-  local is_taken, total, num_passed = set_of(chosen), eligible_weight(chosen), 0
-  while #chosen < request.num_groups do
+  local is_taken, total, weights = set_of(chosen), eligible_weight(chosen), {}
+  while count < request.num_groups do
     num_passed = num_passed + 1
     local member = members[num_passed]
+    local weight = weight_of(facts[member][WEIGHT], line.reference)
+    weights[num_passed] = weight
     if not is_taken[member] then
-      chosen[#chosen + 1] = { member, math.min(1, weight_of(facts[member].weight, line.reference) / total) }
+      count = count + 1
+      chosen[count], chances[count] = member, weight < total and weight / total or 1
     end
   end
   if num_passed > 0 and scores[num_passed] > line.time then
     set_line('time', scores[num_passed])
   end
-  local renewed = {}
+  local time, renewed = line.time, {}
   for i = 1, num_passed do
-    local member = members[i]
-    local weight = weight_of(facts[member].weight, line.reference)
-    local owed = is_taken[member] and 0 or math.max((scores[i] - line.time) * weight, -MOST_OWED)
-    renewed[2 * i - 1], renewed[2 * i] = line.time + (lots[i] + owed) / weight, member
+    local member, weight, owed = members[i], weights[i], 0
+    if not is_taken[member] then
+      owed = math.max((scores[i] - time) * weight, -MOST_OWED)
+    end
+    renewed[2 * i - 1], renewed[2 * i] = time + (lots[i] + owed) / weight, member
   end
   call_many('ZADD', 'weighted', renewed)
   start_over_if_worn()
-  return chosen
 end
 
--- A selector adds {member, probability} of each group that it chooses.
+-- A selector adds to a choice until it is complete.
 local selectors = {
-  fifo = function(chosen) return add_first(chosen, 'ZRANGE', 'train') end,
-  lifo = function(chosen) return add_first(chosen, 'ZREVRANGE', 'train') end,
-  fresh = function(chosen) return chosen end,
+  fifo = function(chosen, chances) add_first(chosen, chances, 'ZRANGE', 'train') end,
+  lifo = function(chosen, chances) add_first(chosen, chances, 'ZREVRANGE', 'train') end,
+  fresh = function() end,
   uniform = add_uniform,
-  weighted = is_rank and add_by_rank or add_by_clock,
+  weighted = is_rank and function(chosen, chances) add_first(chosen, chances, 'ZRANGE', 'weighted') end or add_by_clock,
 }
 
 -- Take groups that were used for the first time out of `fresh`: from now on capacity may remove them.
@@ -145,34 +140,33 @@ local function open_to_eviction(members)
   local scored, bytes = {}, 0
   for i, member in ipairs(members) do
     scored[2 * i - 1], scored[2 * i] = member, member
-    bytes = bytes + facts[member].bytes
+    bytes = bytes + facts[member][BYTES]
   end
   call_many('ZREM', 'fresh', members)
   call_many('ZADD', 'evictable', scored)
   add_stat('evictable_bytes', bytes)
 end
 
--- Count one use of each chosen group; returns {member, uses, age, probability, bytes} of each.
-local function hand_out(chosen, clock)
-  local drawn, members, first_used, used_s = {}, {}, {}, tonumber(now)
-  for i, entry in ipairs(chosen) do
-    members[i] = entry[1]
-  end
+-- Count one use of each chosen group; returns the lists of uses, ages and bytes.
+local function hand_out(members, clock)
+  local uses, ages, bytes, first_used, used_s = {}, {}, {}, {}, tonumber(now)
   read_facts(members)
   for i, member in ipairs(members) do
     local group = facts[member]
-    local before = group.uses
+    local before = group[USES]
     if before == 0 then
       first_used[#first_used + 1] = member
     end
-    group.uses, group.used_s, changed_facts[member] = before + 1, used_s, true
+    group[USES], group[USED_S], changed_facts[member] = before + 1, used_s, true
     count('uses', before, -1)
     count('uses', before + 1, 1)
-    use_weighted(member, clock)
-    drawn[i] = { member, before + 1, group.version >= 0 and clock - group.version, chosen[i][2], group.bytes }
+    if is_rank then
+      use_weighted(member, clock)
+    end
+    uses[i], ages[i], bytes[i] = before + 1, group[VERSION] >= 0 and clock - group[VERSION], group[BYTES]
   end
   open_to_eviction(first_used)
-  return drawn
+  return uses, ages, bytes
 end
 
 local function remember_draw(drawn)
@@ -181,18 +175,20 @@ local function remember_draw(drawn)
 end
 
 local function draw(clock)
-  local chosen = selectors[request.rest](first('ZRANGE', 'fresh', request.num_fresh))
-  local drawn = hand_out(chosen, clock)
-  add_stat('sampled', #drawn)
+  local members, chances = first('ZRANGE', 'fresh', request.num_fresh)
+  selectors[request.rest](members, chances)
+  local uses, ages, bytes = hand_out(members, clock)
+  add_stat('sampled', #members)
   if settings.table.reuse_limit then
-    for _, entry in ipairs(drawn) do
-      if entry[2] >= settings.table.reuse_limit then
-        remove(entry[1], 'reuse')
+    for i, member in ipairs(members) do
+      if uses[i] >= settings.table.reuse_limit then
+        remove(member, 'reuse')
       end
     end
   end
+  local drawn = cmsgpack.pack({ members, uses, ages, chances, bytes })
   remember_draw(drawn)
-  return { 'drawn', cmsgpack.pack(drawn) }
+  return { 'drawn', drawn }
 end
 
 local function remembered_draw()
@@ -220,7 +216,7 @@ local function repeated()
   elseif remembered[1] ~= ARGV[4] then
     return { 'conflict' }
   end
-  return remembered[3] == 'left' and { 'left' } or { 'drawn', cmsgpack.pack(remembered[3]) }
+  return remembered[3] == 'left' and { 'left' } or { 'drawn', remembered[3] }
 end
 
 -- The answer to a draw that must wait, or that a full table can never serve.

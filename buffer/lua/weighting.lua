@@ -46,7 +46,7 @@ end
 
 -- Enter a clock with `left` (weight x time) left; a group of weight 0 has none.
 local function start_clock(member, left)
-  local weight = weight_of(facts[member].weight, line.reference)
+  local weight = weight_of(facts[member][WEIGHT], line.reference)
   if weight > 0 then
     redis.call('ZADD', key('weighted'), line.time + left / weight, member)
     add_total(weight)
@@ -55,7 +55,7 @@ end
 
 -- Take a clock out and return what is left of it; nil when there is none.
 local function stop_clock(member)
-  local stored = facts[member].weight
+  local stored = facts[member][WEIGHT]
   local score = redis.call('ZSCORE', key('weighted'), member)
   if score then
     local weight = weight_of(stored, line.reference)
@@ -74,8 +74,8 @@ end
 -- Split a reply WITHSCORES.
 local function members_and_scores(reply)
   local members, scores = {}, {}
-  for i = 1, #reply, 2 do
-    members[#members + 1], scores[#scores + 1] = reply[i], tonumber(reply[i + 1])
+  for i = 1, #reply / 2 do
+    members[i], scores[i] = reply[2 * i - 1], tonumber(reply[2 * i])
   end
   return members, scores
 end
@@ -86,7 +86,7 @@ local function move_clocks()
   local moved, total = {}, 0
   read_facts(members)
   for i, member in ipairs(members) do
-    local stored = facts[member].weight
+    local stored = facts[member][WEIGHT]
     local left = (scores[i] - line.old_time) * weight_of(stored, line.old_reference)
     local weight = weight_of(stored, line.reference)
     moved[2 * i - 1], moved[2 * i] = line.time + left / weight, member
@@ -119,7 +119,7 @@ end
 
 -- Place a group by rank, behind the groups that are smaller by the negative of what ranks first.
 local function place_by_rank(member)
-  redis.call('ZADD', key('weighted'), weighting.decay_per_use * facts[member].uses - facts[member].weight, member)
+  redis.call('ZADD', key('weighted'), weighting.decay_per_use * facts[member][USES] - facts[member][WEIGHT], member)
 end
 
 -- Let the groups be drawn again whose cool-down is over; return whether more may be left.
@@ -136,7 +136,7 @@ end
 -- Give a group, whose facts are read, another weight or priority; the lot counts if it had weight 0 before.
 local function reweigh(member, stored, lot)
   local left = not is_rank and (stop_clock(member) or lot)
-  facts[member].weight, changed_facts[member] = stored, true
+  facts[member][WEIGHT], changed_facts[member] = stored, true
   if not is_rank then
     start_clock(member, left)
   elseif redis.call('ZSCORE', key('weighted'), member) then
@@ -177,7 +177,7 @@ local function enter_weighted(member, group, prompt)
     reweigh_prompt(group.prompt_id, stored)
     redis.call('ZADD', key('prompt_groups:' .. group.prompt_id), member, member)
   end
-  facts[member].weight = stored
+  facts[member][WEIGHT] = stored
   if is_rank then
     place_by_rank(member)
   else

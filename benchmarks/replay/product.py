@@ -1,0 +1,137 @@
+"""Our side: a Redis, services on it, the same table opened directly, and one connection that wastes no time."""
+
+import http.client
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import redis
+
+from benchmarks.replay.payloads import RUN_ID
+from buffer.codec import bare_record, encode_group
+from buffer.rate_limiter import RateLimiterSettings
+from buffer.redis_server import RedisSettings, connect, redis_server
+from buffer.redis_table import RedisTable
+from buffer.table import TableSettings
+from buffer.types import SCHEMA, Group
+from buffer.weighting import PriorityWeighting
+from buffer.wire import MSGPACK
+from services.address import read_address
+
+LIMITER = RateLimiterSettings(min_size=256, error_buffer=1e12)
+TABLE = TableSettings(
+    capacity_groups=2_000_000,
+    capacity_bytes=8 << 30,
+    weighting=PriorityWeighting(exponent=1.0),
+    max_prompts=2_000_000,
+)
+_OPTIONS = [
+    *("limiter.min_size=256", "limiter.error_buffer=1e12", f"table.capacity_groups={TABLE.capacity_groups}"),
+    *(f"table.capacity_bytes={TABLE.capacity_bytes}", 'table.weighting={by = "priority", exponent = 1.0}'),
+    *("redis.appendfsync=no", f"run.name={RUN_ID}", "service.port=0"),
+]
+
+
+@dataclass
+class Product:
+    """A run's Redis and what is open on it."""
+
+    client: redis.Redis
+    directory: Path
+    urls: list[tuple[str, int]]
+    """Host and port of each API process."""
+    pids: list[int]
+
+    def fresh_table(self, appendfsync: str = "everysec", *, appendonly: bool = True) -> RedisTable:
+        """Return an empty table, of which version 0 is published, under this persistence."""
+        self.client.flushall()
+        self.client.config_set("appendfsync", appendfsync)
+        self.client.config_set("appendonly", "yes" if appendonly else "no")
+        table = RedisTable(self.client, TABLE, LIMITER, RUN_ID)
+        table.advance_version(0)
+        return table
+
+
+@contextmanager
+def product(num_services: int) -> Iterator[Product]:
+    """Run Redis and API processes."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        directory = Path(name)
+        with redis_server(directory / "redis", RedisSettings(appendfsync="no")) as url:
+            services = [_start(directory / str(number), url) for number in range(num_services)]
+            try:
+                addresses = [_address(directory / str(number) / RUN_ID) for number in range(num_services)]
+                with connect(url) as client:
+                    yield Product(client, directory, addresses, [service.pid for service in services])
+            finally:
+                for service in services:
+                    service.kill()
+                    service.wait()
+
+
+def _start(runs_dir: Path, redis_url: str) -> "subprocess.Popen[bytes]":
+    options = [*_OPTIONS, f"run.runs_dir={runs_dir}", f"service.redis_url={redis_url}"]
+    command = [sys.executable, "-m", "services.cli", "serve"]
+    return subprocess.Popen(
+        [*command, *(part for option in options for part in ("--set", option))],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def _address(run_directory: Path) -> tuple[str, int]:
+    end = time.monotonic() + 120
+    while (url := read_address(run_directory)) is None:
+        if time.monotonic() > end:
+            raise TimeoutError("the service did not start")
+        time.sleep(0.05)
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    return host, int(port)
+
+
+class Connection:
+    """One keep-alive connection with the bytes given: what is measured is the service and not its client."""
+
+    def __init__(self, address: tuple[str, int]) -> None:
+        self._http = http.client.HTTPConnection(*address, timeout=60)
+
+    def post(self, path: str, body: bytes, media_type: str = MSGPACK) -> bytes:
+        """Return the body of a 200; raise for everything else."""
+        self._http.request("POST", path, body, {"Content-Type": media_type, "Accept": media_type})
+        response = self._http.getresponse()
+        answer = response.read()
+        if response.status != 200:
+            raise RuntimeError(f"{response.status}: {answer[:300]!r}")
+        return answer
+
+
+def insert_bodies(groups: Sequence[Group], batch: int, media_type: str) -> list[bytes]:
+    """Return the bodies of requests that insert so many groups each."""
+    batches = [groups[i : i + batch] for i in range(0, len(groups), batch)]
+    if media_type == MSGPACK:
+        head: bytes = msgpack.packb({"schema": SCHEMA, "groups": None})[:-1]
+        pack = msgpack.Packer()
+        return [
+            head + pack.pack_array_header(len(some)) + b"".join(bare_record(encode_group(group)) for group in some)
+            for some in batches
+        ]
+    return [
+        b'{"schema":1,"groups":[' + b",".join(g.model_dump_json().encode() for g in some) + b"]}" for some in batches
+    ]
+
+
+def sample_request(number: int, num_groups: int = 256) -> dict[str, Any]:
+    """Return a weighted draw as a plain map."""
+    return {
+        "num_groups": num_groups,
+        "learner_version": 0,
+        "request_id": f"r{number}",
+        "selector": {"kind": "weighted", "by": "priority"},
+    }
