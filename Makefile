@@ -6,7 +6,7 @@ export OMP_NUM_THREADS := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo compare staleness staleness-quick test test-chaos test-fuzz mutation lint format types imports check setup-vllm test-vllm setup-reverb bench-buffer
+.PHONY: setup docs demo compare staleness staleness-quick test test-chaos test-fuzz mutation lint format types imports check setup-vllm test-vllm setup-reverb bench-buffer
 
 setup: $(VENV)/.done
 
@@ -55,7 +55,10 @@ types: setup
 imports: setup
 	$(BIN)/lint-imports
 
-check: lint types imports test
+docs: setup
+	$(BIN)/mkdocs build --strict --quiet
+
+check: lint types imports docs test
 
 # vLLM pins other versions than ours: an environment of its own, on its CPU build
 VENV_VLLM := .venv-vllm

@@ -38,10 +38,12 @@ def make_runs(wanted: Iterable[Cell], results: Results, *, models: Path, jobs: i
         bar = progress.add_task("runs", total=None, completed=len(results))
         while True:
             busy = {key_of(run) for run in under_way.values()}
-            waiting = [run for cell in cells_ for run in due(cell, results.final) if key_of(run) not in busy]
+            waiting = {
+                key: run for cell in cells_ for run in due(cell, results.final) if (key := key_of(run)) not in busy
+            }
             progress.update(bar, total=len(results) + len(under_way) + len(waiting), completed=len(results))
             if time.monotonic() < deadline_s:
-                for run in waiting[: jobs - len(under_way)]:
+                for run in list(waiting.values())[: jobs - len(under_way)]:
                     under_way[pool.submit(simulate, run, models)] = run
             if not under_way:
                 return

@@ -16,6 +16,7 @@ from benchmarks.study.results import Results
 from benchmarks.study.simulation import Point, Run
 
 NOT_YET = "-"
+LAGS, CURVES = "staleness-lags.png", "staleness-curves.png"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +65,11 @@ def write_report(results: Results, cells: Sequence[Cell], path: Path) -> None:
         text, count = re.subn(pattern, lambda found: found[1] + block(outcomes) + "\n" + found[2], text, flags=re.S)  # noqa: B023
         assert count == 1, f"{path} has {count} blocks {name}"
     path.write_text(text)
-    images = path.parent / "images"
-    images.mkdir(exist_ok=True)
-    _plot_curves(outcomes, images / "staleness-curves.png")
-    _plot_lags(outcomes, images / "staleness-lags.png")
+    if _of_main_with_finals(outcomes):
+        images = path.parent / "images"
+        images.mkdir(exist_ok=True)
+        _plot_curves(outcomes, images / CURVES)
+        _plot_lags(outcomes, images / LAGS)
 
 
 def _outcome(cell: Cell, results: Results) -> Outcome:
@@ -219,6 +221,16 @@ def _failures(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines) or "None of the final runs made so far broke."
 
 
+def _of_main_with_finals(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    return [outcome for outcome in _of(outcomes, part="main") if outcome.finals]
+
+
+def _plots(outcomes: Sequence[Outcome]) -> str:
+    if not _of_main_with_finals(outcomes):
+        return "The plots come with the first final run."
+    return f"![final accuracy against lag](images/{LAGS})\n![accuracy against rollouts](images/{CURVES})"
+
+
 def _progress(outcomes: Sequence[Outcome]) -> str:
     planned = sum(len(o.cell.final_seeds) * len(o.cell.warmup_seeds) for o in outcomes)
     tuned, made = sum(o.best is not None for o in outcomes), sum(len(o.finals) for o in outcomes)
@@ -228,6 +240,7 @@ def _progress(outcomes: Sequence[Outcome]) -> str:
 BLOCKS: dict[str, Callable[[Sequence[Outcome]], str]] = {
     "progress": _progress,
     "main": _main,
+    "plots": _plots,
     "tuned": _tuned,
     "kept": _kept,
     "rollouts": _rollouts,
@@ -263,7 +276,7 @@ def _plot_curves(outcomes: Sequence[Outcome], path: Path) -> None:
 
 def _plot_lags(outcomes: Sequence[Outcome], path: Path) -> None:
     """Final accuracy against lag: medians, with a bar from the lowest to the highest run."""
-    main = [o for o in _of(outcomes, part="main", reuse=1) if o.finals]
+    main = _of(_of_main_with_finals(outcomes), reuse=1)
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for number, method in enumerate(_methods(_of(outcomes, part="main"))):
