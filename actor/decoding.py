@@ -34,6 +34,7 @@ class Decoding:
         self._ids = torch.zeros(len(requests), longest, dtype=torch.long)  # [R, T]
         self._logprobs = torch.zeros(len(requests), longest)  # [R, T]
         self._lengths = torch.zeros(len(requests), dtype=torch.long)  # [R] 0 = unfinished
+        self._aborted = torch.zeros(len(requests), dtype=torch.bool)  # [R]
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []  # per step: request [K], step [K], kept id [K]
         self._distributions: list[tuple[Tensor, Tensor]] | None = (
             [] if ship_distributions else None
@@ -86,6 +87,11 @@ class Decoding:
         self.context = torch.cat([self.context, ids[:, None]], 1)
         self._compact()
 
+    def abort(self) -> None:
+        """End the responses that are not finished after the tokens drawn so far, one at least."""
+        self._aborted = self._lengths == 0
+        self._lengths[self._aborted] = self._step
+
     def completions(self) -> list[Completion]:
         """Return the finished responses in the order of the requests."""
         ids, logprobs = self._ids.numpy().astype(np.int32), self._logprobs.numpy()
@@ -94,13 +100,13 @@ class Decoding:
         completions = []
         for index, (request, length) in enumerate(zip(self._requests, self._lengths.tolist(), strict=True)):
             kept_ids, kept_counts = kept[index] if request.sampling.truncates else (None, None)
-            stopped = ids[index, length - 1] == self._eos_id
+            ended = FinishReason.STOP if ids[index, length - 1] == self._eos_id else FinishReason.LENGTH
             completions.append(
                 Completion(
                     response_ids=ids[index, :length],
                     behavior_logprobs=logprobs[index, :length],
                     spans=self._spans_until(length),
-                    finish_reason=FinishReason.STOP if stopped else FinishReason.LENGTH,
+                    finish_reason=FinishReason.ABORT if self._aborted[index] else ended,
                     kept_token_ids=kept_ids,
                     kept_token_counts=kept_counts,
                     distribution_logprobs=distributions[index] if distributions else None,

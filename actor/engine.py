@@ -2,14 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from buffer.types import FinishReason, PolicyVersion, SamplingSettings, VersionSpan
-from buffer.weights.manifest import Adapter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +33,10 @@ class Completion:
 
 
 class Engine(Protocol):
-    """Something that samples from the policy. One thread generates; another may call `load` meanwhile."""
+    """Something that samples from the policy. One thread generates; another brings new versions meanwhile.
+
+    How they come in is another protocol: actor.receiver.
+    """
 
     @property
     def version(self) -> PolicyVersion:
@@ -46,13 +47,10 @@ class Engine(Protocol):
         """Draw all requests in one batch, in the order given. The actor's main loop calls it."""
         ...
 
-    def load(self, weights: Path, version: PolicyVersion, *, adapter: Adapter | None = None) -> None:
-        """Replace the weights by a safetensors file at a safe point between decode steps.
+    def abort(self) -> None:
+        """End every request of `generate` after the running decode step, with the tokens drawn so far.
 
-        With `adapter` the file holds its tensors alone, on top of the weights in the engine's model directory.
-
-        The weight-sync thread calls it; it returns once the weights are in use and caches of the old version
-        are dropped. Tokens drawn afterwards belong to a new version span. The file may be deleted afterwards.
+        Any thread may call it. Without a running `generate` nothing happens.
         """
         ...
 

@@ -19,7 +19,7 @@ from actor.settings import ActorSettings, EvaluationSettings
 from actor.tasks import Prompt, Task
 from buffer.errors import Conflict
 from buffer.evaluations import Evaluation, EvaluationClaim, Evaluations
-from buffer.types import Group, PolicyVersion, SamplingSettings, Split
+from buffer.types import FinishReason, Group, PolicyVersion, SamplingSettings, Split
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +99,8 @@ class Evaluator:
             if self.stop.is_set():
                 return []
             groups += self._draw(prompts[start : start + self.settings.groups_per_batch])
+        if self.stop.is_set():  # the last ones may have been aborted
+            return []
         evaluation = summary(
             groups,
             actor_id=self.actor_id,
@@ -118,6 +120,8 @@ class Evaluator:
         settings = self.settings.evaluation
         size = settings.samples_per_prompt
         completions = self.engine.generate(_requests(prompts, size, settings.sampling, self.settings))
+        if any(completion.finish_reason is FinishReason.ABORT for completion in completions):
+            return []
         return [
             as_group(
                 self.task,

@@ -22,7 +22,7 @@ from actor.spool import Spool
 from actor.status import Activity, Status
 from actor.weight_sync import UNREACHABLE, WeightSync
 from buffer.client import Submission
-from buffer.errors import CorruptWeights
+from buffer.errors import CorruptWeights, EngineUnreachable
 from buffer.types import Group, InsertOutcome, InsertResult
 
 log = logging.getLogger(__name__)
@@ -111,8 +111,9 @@ class ActorLoop:
         failures_before = self._sync.failures_total
         try:
             groups = self._rollouts.next_batch()
-        except CorruptWeights as error:  # a load left the engine without weights: the sync fetches them again
+        except (CorruptWeights, EngineUnreachable) as error:  # the sync loads the weights again
             log.warning("the batch was dropped: %s", error)
+            self._stop.wait(self._settings.retry_s)
             return []
         self._status.drew(sum(group.num_response_tokens for group in groups))
         if self._sync.confirm(failures_before):

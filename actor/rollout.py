@@ -8,7 +8,7 @@ import numpy as np
 from actor.engine import Completion, Engine, GenerationRequest
 from actor.settings import ActorSettings
 from actor.tasks import Prompt, Task
-from buffer.types import Group, SamplingSettings, Split, Trajectory
+from buffer.types import FinishReason, Group, SamplingSettings, Split, Trajectory
 
 
 class Rollouts:
@@ -24,7 +24,10 @@ class Rollouts:
         self._rng = rng
 
     def next_batch(self) -> list[Group]:
-        """Generate `groups_per_batch` train groups; raises what the engine raises."""
+        """Generate `groups_per_batch` train groups; raises what the engine raises.
+
+        A group with an aborted member is left out: the rewards of the others would be compared with too few.
+        """
         settings = self._settings
         prompts = [self._task.sample(self._rng, Split.TRAIN) for _ in range(settings.groups_per_batch)]
         requests = [
@@ -36,16 +39,11 @@ class Rollouts:
         ]
         completions = self._engine.generate(requests)
         size = settings.group_size
+        members = [completions[index * size : (index + 1) * size] for index in range(len(prompts))]
         return [
-            as_group(
-                self._task,
-                prompt,
-                completions[index * size : (index + 1) * size],
-                run_id=self._run_id,
-                split=Split.TRAIN,
-                sampling=settings.sampling,
-            )
-            for index, prompt in enumerate(prompts)
+            as_group(self._task, prompt, drawn, run_id=self._run_id, split=Split.TRAIN, sampling=settings.sampling)
+            for prompt, drawn in zip(prompts, members, strict=True)
+            if all(completion.finish_reason is not FinishReason.ABORT for completion in drawn)
         ]
 
 

@@ -22,6 +22,13 @@ class TaskSettings(Settings):
 class VllmSettings(Settings):
     """How vLLM runs. Its own defaults, but for what is named here."""
 
+    url: str | None = None
+    """Address of a server that `stalewise serve-vllm` started, such as http://127.0.0.1:8100; null = vLLM runs in the
+    actor's own process. The rest of this section then says how the server is started, and is unused by the actor."""
+    start_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds to wait for the server at `url`: large models take minutes to come up."""
+    request_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    """Seconds that the server at `url` may take for one response, waiting for its turn included."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Precision of the weights in use; `auto` is the one in the model's config, which the learner publishes in."""
     max_model_tokens: Annotated[int, Field(ge=2)] | None = None
@@ -34,6 +41,11 @@ class VllmSettings(Settings):
     """KV cache of the CPU build, in GiB; enough for tiny models."""
     tensor_parallel: Annotated[int, Field(ge=1)] = 1
     """GPUs that one copy of the model is split over."""
+    lora_rank: Annotated[int, Field(ge=0, le=512)] = 0
+    """Largest rank of the adapters that the learner publishes, on top of the weights in the model directory; 0 = it
+    publishes whole weights."""
+    lora_slots: Annotated[int, Field(ge=1)] = 4
+    """Adapters in use at once: responses end under the version that they began with, later ones wait for a slot."""
     compile: bool = False
     """Whether vLLM compiles the model at start: faster tokens on a GPU for a minute or more of start-up."""
 

@@ -8,6 +8,7 @@ A batch notices new weights at its next step: it recomputes the KV of everything
 version span, so that each log-prob is the one of its span's version given the whole context.
 """
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,6 +61,7 @@ class TorchEngine:
         self._generator = torch.Generator().manual_seed(seed)
         self._ship_distributions = ship_distributions
         self._turns = Turns()
+        self._abort = threading.Event()
         self._version: PolicyVersion = -1
 
     @property
@@ -81,10 +83,17 @@ class TorchEngine:
             vocab_size=self._vocab_size,
             ship_distributions=self._ship_distributions,
         )
+        self._abort.clear()
         while decoding.num_unfinished:
             with self._turns.take(), torch.inference_mode():
                 self._step(decoding)
+            if self._abort.is_set():
+                decoding.abort()
         return decoding.completions()
+
+    def abort(self) -> None:
+        """See Engine."""
+        self._abort.set()
 
     def load(self, weights: Path, version: PolicyVersion, *, adapter: Adapter | None = None) -> None:
         """See Engine. Raises CorruptWeights when the file is unreadable or does not hold exactly this model's tensors.

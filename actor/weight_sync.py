@@ -8,7 +8,6 @@ A load that fails the canary puts the actor into quarantine: the keyframe of the
 until a load passes nothing is submitted, what was drawn meanwhile included (`confirm`).
 """
 
-import hashlib
 import logging
 import random
 import threading
@@ -16,17 +15,25 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import httpx
 import numpy as np
 
 from actor.backoff import Backoff
 from actor.engine import Engine
+from actor.receiver import Receiver
 from actor.settings import ActorSettings
-from buffer.errors import CanaryFailed, CorruptWeights, NotFound, RunMismatch, ServiceUnreachable, StoreUnavailable
+from buffer.errors import (
+    CanaryFailed,
+    CorruptWeights,
+    EngineUnreachable,
+    NotFound,
+    RunMismatch,
+    ServiceUnreachable,
+    StoreUnavailable,
+)
 from buffer.types import PolicyVersion
-from buffer.weights.manifest import Manifest, Payload, Probe
+from buffer.weights.manifest import Manifest, Probe
 from buffer.weights.store import WeightStore
 from buffer.wire import Load
 
@@ -48,7 +55,7 @@ class WeightSync:
         engine: Engine,
         run_id: str,
         model_fingerprint: str,
-        directory: Path,
+        receiver: Receiver,
         settings: ActorSettings,
         stop: threading.Event,
         jitter: random.Random,
@@ -58,7 +65,7 @@ class WeightSync:
         self._engine = engine
         self._run_id = run_id
         self._model_fingerprint = model_fingerprint
-        self._file = directory / "incoming.safetensors"
+        self._receiver = receiver
         self._poll_s = settings.poll_s
         self._backoff = Backoff(settings.retry_s, jitter)
         self._stop = stop
@@ -113,10 +120,12 @@ class WeightSync:
     def _poll(self) -> float:
         """Take the next version, if one appears; return the seconds to pause."""
         try:
-            manifest = self._store.latest(after=self.verified_version, wait_s=self._poll_s)
+            # an engine on a server that was started again has lost the version that it proved
+            held = min(self.verified_version, self._engine.version)
+            manifest = self._store.latest(after=held, wait_s=self._poll_s)
             if manifest is not None:
                 self._take(manifest)
-        except (*UNREACHABLE, NotFound, CorruptWeights, CanaryFailed) as error:
+        except (*UNREACHABLE, EngineUnreachable, NotFound, CorruptWeights, CanaryFailed) as error:
             pause_s = self._backoff.next_pause_s()
             log.warning("no new weights yet, next attempt in %.1f s: %s", pause_s, error)
             return pause_s
@@ -131,30 +140,16 @@ class WeightSync:
                 f" this actor of run {self._run_id} and model {self._model_fingerprint[:12]}",
                 hint="start the actor with the model directory of the learner, and against its service",
             )
-        try:
-            self._fetch(manifest.payloads[0])
-            with self._loading:
-                self._load(manifest)
-        finally:
-            self._file.unlink(missing_ok=True)
-
-    def _fetch(self, payload: Payload) -> None:
-        """Write a payload to disk. Raises CorruptWeights unless it has its hash."""
-        digest = hashlib.sha256()
-        with self._file.open("wb") as file:
-            for chunk in self._store.blob(payload.sha256):
-                digest.update(chunk)
-                file.write(chunk)
-        if digest.hexdigest() != payload.sha256:
-            raise CorruptWeights(
-                f"keyframe {payload.sha256} arrived with the hash {digest.hexdigest()}", hint="it is fetched again"
-            )
+        self._receiver.fetch(manifest)
+        with self._loading:
+            self._load(manifest)
 
     def _load(self, manifest: Manifest) -> None:
         try:
-            self._engine.load(self._file, manifest.version, adapter=manifest.adapter)
+            self._receiver.load(manifest)
             check_canary(self._engine, manifest.probe, version=manifest.version)
         except (CorruptWeights, CanaryFailed) as error:
+            self._receiver.discard()
             self.failures_total += 1
             self.quarantine_reason = f"{error}; {self.failures_total} failed loads so far"
             self._ready.clear()

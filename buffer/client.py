@@ -13,6 +13,7 @@ from buffer.errors import CorruptWeights, InvalidRequest, StalewiseError
 from buffer.prompts import PromptPage
 from buffer.table import PriorityUpdate, SampleRequest, TableStats
 from buffer.types import Group, InsertResult, Part, PartResult, PolicyVersion, Sample
+from buffer.weights.download import Download
 from buffer.weights.manifest import Manifest, Payload
 from buffer.wire import (
     JSON,
@@ -214,20 +215,8 @@ class HttpWeightStore:
             )
 
     def download(self, payload: Payload, path: Path) -> None:
-        """Write a payload to `path`, whole and with the right hash, or not at all.
+        """See WeightStore: by ranges, several at once, each taken up again where a lost connection broke it off.
 
-        A lost connection is retried from the start. Raises CorruptWeights on a wrong hash, NotFound when the version
-        was removed meanwhile (ask for the latest one).
+        Raises ServiceUnreachable when the retries are spent.
         """
-        partial = path.with_name(path.name + ".partial")
-
-        def attempt() -> None:
-            with partial.open("wb") as file:
-                for chunk in self.blob(payload.sha256):
-                    file.write(chunk)
-
-        try:
-            self._client.retry(attempt, what=f"GET blob {payload.sha256}")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        Download(self._client, f"/v1/weights/blobs/{payload.sha256}", payload.size_bytes).to(path)

@@ -1,11 +1,13 @@
 """The replay service as actors, learners and third parties see it: one connection, with retries inside a budget."""
 
+import http.client
 import logging
 import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 from urllib.parse import quote
 
@@ -38,6 +40,7 @@ _ERRORS = {
     )
 }
 R = TypeVar("R")
+_MAX_PROBLEM_BYTES = 1 << 16
 
 
 class ClientSettings(Settings):
@@ -47,6 +50,8 @@ class ClientSettings(Settings):
     """Seconds to open a connection; a loopback or data-centre service answers in milliseconds."""
     read_timeout_s: Annotated[float, Field(gt=0)] = 30.0
     """Seconds without a byte before a request counts as lost; long polls add their own wait."""
+    download_connections: Annotated[int, Field(ge=1, le=64)] = 4
+    """Connections that fetch a large payload side by side; one carries some 2 GB/s on loopback, far less over a WAN."""
     retry_budget_s: Annotated[float, Field(ge=0)] = 60.0
     """Seconds of retrying before ServiceUnreachable; covers a restart of the service. 0 = never retry."""
     retry_first_s: Annotated[float, Field(gt=0)] = 0.1
@@ -75,14 +80,16 @@ class ServiceClient:
         self.url = url.rstrip("/")
         self.retries_total = 0
         """Attempts beyond the first of each request, since construction."""
-        self._settings = settings or ClientSettings()
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self.settings = settings or ClientSettings()
+        """As given."""
         self._stopping = stopping or threading.Event()
         self._monotonic = monotonic
         self._jitter = jitter or random.Random()
         self._http = httpx.Client(
             base_url=self.url,
-            headers={"Authorization": f"Bearer {token}"} if token else {},
-            timeout=httpx.Timeout(self._settings.read_timeout_s, connect=self._settings.connect_timeout_s),
+            headers=self._headers,
+            timeout=httpx.Timeout(self.settings.read_timeout_s, connect=self.settings.connect_timeout_s),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=8),
             trust_env=False,
         )
@@ -130,7 +137,7 @@ class ServiceClient:
         iterated anew for each attempt, so a one-shot iterator cannot be retried. All attempts carry one request id.
         """
         headers = {"Accept": accept} | ({"Content-Type": content_type} if body is not None else {})
-        timeout = httpx.Timeout(self._settings.read_timeout_s + wait_s, connect=self._settings.connect_timeout_s)
+        timeout = httpx.Timeout(self.settings.read_timeout_s + wait_s, connect=self.settings.connect_timeout_s)
 
         def attempt() -> httpx.Response:
             named = {**headers, HEADER: current_request_id()}
@@ -141,6 +148,29 @@ class ServiceClient:
             return response
 
         return self.retry(attempt, what=f"{method} {path}")
+
+    def raw_connection(self) -> http.client.HTTPConnection:
+        """Return a new connection for bodies that are received straight into memory: see `raw_get`."""
+        url = httpx.URL(self.url)
+        kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
+        return kind(url.host, url.port, timeout=self.settings.read_timeout_s)
+
+    def raw_get(
+        self, connection: http.client.HTTPConnection, path: str, headers: Mapping[str, str]
+    ) -> http.client.HTTPResponse:
+        """Send a GET without retries and return a success with its body unread; raise the named error otherwise."""
+        url = httpx.URL(self.url + path)
+        connection.request("GET", url.raw_path.decode(), headers={**self._headers, **headers, "Accept": "*/*"})
+        response = connection.getresponse()
+        if response.status >= HTTPStatus.BAD_REQUEST:
+            answered = httpx.Response(
+                response.status,
+                headers=response.getheaders(),
+                content=response.read(_MAX_PROBLEM_BYTES),
+                request=httpx.Request("GET", url),
+            )
+            raise error_of(answered)
+        return response
 
     @contextmanager
     def stream(self, path: str) -> Iterator[Iterator[bytes]]:
@@ -160,8 +190,8 @@ class ServiceClient:
             return self._retry(attempt, what)
 
     def _retry(self, attempt: Callable[[], R], what: str) -> R:
-        deadline = self._monotonic() + self._settings.retry_budget_s
-        pause_s = self._settings.retry_first_s
+        deadline = self._monotonic() + self.settings.retry_budget_s
+        pause_s = self.settings.retry_first_s
         while True:
             try:
                 return attempt()
@@ -175,10 +205,10 @@ class ServiceClient:
             delay_s = pause_s * self._jitter.uniform(0.5, 1.0)
             if self._monotonic() + delay_s > deadline or self._stopping.wait(delay_s):
                 raise problem
-            if pause_s == self._settings.retry_first_s:
-                log.warning("%s; retrying for up to %g s", problem, self._settings.retry_budget_s)
+            if pause_s == self.settings.retry_first_s:
+                log.warning("%s; retrying for up to %g s", problem, self.settings.retry_budget_s)
             self.retries_total += 1
-            pause_s = min(2 * pause_s, self._settings.retry_max_s)
+            pause_s = min(2 * pause_s, self.settings.retry_max_s)
 
 
 def body_of(response: httpx.Response) -> Any:
@@ -197,4 +227,9 @@ def error_of(response: httpx.Response) -> StalewiseError:
             f"{response.request.url} answered {response.status_code} without naming an error",
             hint="check that service.url points at a Stalewise service",
         )
-    return _ERRORS.get(kind, StalewiseError)(detail, hint=hint)
+    return named_error(kind, detail, hint=hint)
+
+
+def named_error(code: str, detail: str, *, hint: str) -> StalewiseError:
+    """Return the error of a code that travelled; a plain StalewiseError for one that is not meant for clients."""
+    return _ERRORS.get(code, StalewiseError)(detail, hint=hint)

@@ -109,6 +109,13 @@ class ServiceUnreachable(StalewiseError):
     exit_code = 3
 
 
+class EngineUnreachable(StalewiseError):
+    """The server that an actor generates with does not answer."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    exit_code = 3
+
+
 class CorruptWeights(StalewiseError):
     """A payload does not have the hash that names it, is malformed, or does not lead to the weights it names."""
 

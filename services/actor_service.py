@@ -20,6 +20,7 @@ import numpy as np
 from actor.engine import Engine
 from actor.evaluate import Evaluator
 from actor.loop import ActorLoop
+from actor.receiver import FollowingReceiver, Receiver
 from actor.rollout import Rollouts
 from actor.settings import ActorSettings
 from actor.spool import Spool, SpoolInUse
@@ -28,9 +29,10 @@ from actor.tasks import Task, make_task
 from actor.tokenizer import load_tokenizer
 from actor.weight_sync import WeightSync
 from buffer.client import HttpTable, HttpWeightStore, ServiceClient
-from buffer.errors import InvalidSettings, RunMismatch
+from buffer.errors import EngineUnreachable, InvalidSettings, RunMismatch
 from buffer.evaluations_client import HttpEvaluations
 from buffer.fingerprint import model_fingerprint
+from buffer.weights.follower import Follower
 from services.model_dir import local_model_dir
 
 if TYPE_CHECKING:
@@ -59,8 +61,10 @@ def run_actor(config: "RunConfig", *, actor_id: str | None = None, engine: str |
             signal.signal(number, lambda *_: stop.set())
         log.info("actor %s of run %s, %d groups in the spool", name, config.run.name, spool.num_groups)
         seeds = _seeds(config.run.seed, name, _count_start(directory))
-        process = _Process(config, name, fingerprint, directory, spool, client, stop)
-        process.run(make_engine(config.actor, model_dir, int(seeds.generate_state(1)[0])), task, seeds)
+        feed = _Feed(client, config.service.token.get_secret_value() if config.service.token else None, directory)
+        made = make_engine(config.actor, model_dir, int(seeds.generate_state(1)[0]), feed)
+        process = _Process(config, name, fingerprint, spool, client, stop)
+        process.run(*made, task, seeds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +74,11 @@ class _Process:
     config: "RunConfig"
     actor_id: str
     fingerprint: str
-    directory: Path
     spool: Spool
     client: ServiceClient
     stop: threading.Event
 
-    def run(self, engine: Engine, task: Task, seeds: np.random.SeedSequence) -> None:
+    def run(self, engine: Engine, receiver: Receiver, task: Task, seeds: np.random.SeedSequence) -> None:
         """Run them until `stop` is set or one of them fails."""
         settings, status = self.config.actor, Status(time.monotonic)
         prompt_seed, *jitter_seeds = seeds.spawn(3)
@@ -85,7 +88,7 @@ class _Process:
             engine=engine,
             run_id=self.config.run.name,
             model_fingerprint=self.fingerprint,
-            directory=self.directory,
+            receiver=receiver,
             settings=settings,
             stop=self.stop,
             jitter=jitters[0],
@@ -115,6 +118,7 @@ class _Process:
         )
         sync.start()
         pulse.start()
+        threading.Thread(target=self._abort_when_told, args=(engine,), name="abort", daemon=True).start()
         try:
             loop.run()
         finally:
@@ -135,24 +139,53 @@ class _Process:
             stop=self.stop,
         )
 
+    def _abort_when_told(self, engine: Engine) -> None:
+        """End long generations when the process is told to stop; their groups are dropped."""
+        self.stop.wait()
+        try:
+            engine.abort()
+        except EngineUnreachable as error:  # then nothing is left to wait for
+            log.warning("nothing to abort: %s", error)
 
-def _torch_engine(settings: ActorSettings, model_dir: Path, seed: int) -> Engine:
+
+@dataclass(frozen=True, slots=True)
+class _Feed:
+    """Where an engine's weights come from."""
+
+    client: ServiceClient
+    token: str | None
+    directory: Path
+
+
+def _torch_engine(settings: ActorSettings, model_dir: Path, seed: int, feed: _Feed) -> tuple[Engine, Receiver]:
     from actor.torch_engine import TorchEngine
 
-    return TorchEngine(model_dir, seed=seed, ship_distributions=settings.ship_distributions)
+    engine = TorchEngine(model_dir, seed=seed, ship_distributions=settings.ship_distributions)
+    return engine, FollowingReceiver(Follower(HttpWeightStore(feed.client), feed.directory), engine)
 
 
-def _vllm_engine(settings: ActorSettings, model_dir: Path, seed: int) -> Engine:
-    from actor.vllm_engine import VllmEngine
+def _vllm_engine(settings: ActorSettings, model_dir: Path, seed: int, feed: _Feed) -> tuple[Engine, Receiver]:
+    from actor.vllm.fetching import WeightSource
 
-    return VllmEngine(model_dir, settings.vllm, sampling=settings.sampling, seed=seed)
+    source = WeightSource(feed.client.url, feed.token)
+    if settings.vllm.url is not None:
+        from actor.vllm.remote import RemoteVllmEngine
+
+        remote = RemoteVllmEngine(model_dir, settings.vllm, sampling=settings.sampling, source=source)
+        return remote, remote
+    from actor.vllm.engine import VllmEngine
+
+    engine = VllmEngine(model_dir, settings.vllm, sampling=settings.sampling, seed=seed, source=source)
+    return engine, engine
 
 
-_ENGINES: dict[str, Callable[[ActorSettings, Path, int], Engine]] = {"torch": _torch_engine, "vllm": _vllm_engine}
+_Maker = Callable[[ActorSettings, Path, int, _Feed], tuple[Engine, Receiver]]
+
+_ENGINES: dict[str, _Maker] = {"torch": _torch_engine, "vllm": _vllm_engine}
 """Each imports its framework only when it is chosen."""
 
 
-def _engine_maker(name: str, settings: ActorSettings) -> Callable[[ActorSettings, Path, int], Engine]:
+def _engine_maker(name: str, settings: ActorSettings) -> _Maker:
     if name not in _ENGINES:
         raise InvalidSettings(f"engine {name!r} is unknown", hint=f"choose one of {', '.join(_ENGINES)}")
     if settings.ship_distributions and name != "torch":

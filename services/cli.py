@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -81,6 +82,30 @@ def act(
     from services.actor_service import run_actor
 
     run_actor(settings, actor_id=actor_id, engine=engine)
+
+
+@app.command("serve-vllm")
+def serve_vllm(
+    config: Config = None,
+    overrides: Overrides = [],  # noqa: B006
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; whoever reaches it controls it.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option("--port", help="Port; actor.vllm.url of the actor names it.")] = 8100,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the sampler; default: another one each time.")] = None,
+) -> None:
+    """Start the vLLM server of an actor whose actor.vllm.url names it: docs/vllm.md."""
+    settings = _load(config, overrides)
+    from actor.vllm.server import run_server
+    from services.model_dir import local_model_dir
+
+    run_server(
+        local_model_dir(settings.run.model),
+        settings.actor.vllm,
+        host=host,
+        port=port,
+        seed=secrets.randbelow(1 << 31) if seed is None else seed,
+    )
 
 
 @app.command()

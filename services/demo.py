@@ -24,6 +24,7 @@ from actor.torch_engine import TorchEngine
 from actor.weight_sync import check_canary
 from buffer.client import ClientSettings, HttpWeightStore, ServiceClient
 from buffer.errors import StalewiseError
+from buffer.weights.follower import Follower
 from services.address import read_address
 from services.model_dir import local_model_dir
 from services.processes import Child, ChildFailed, Supervisor
@@ -164,9 +165,9 @@ class Demo:
         store = HttpWeightStore(client)
         manifest = store.latest()
         assert manifest is not None, "a learner that finished has published"
-        path = self._directory / "final.safetensors"
-        store.download(manifest.payloads[0], path)
-        engine.load(path, manifest.version, adapter=manifest.adapter)
+        mirror, _ = Follower(store, self._directory).follow(manifest)
+        assert mirror.path is not None
+        engine.load(mirror.path, manifest.version, adapter=manifest.adapter)
         check_canary(engine, manifest.probe, version=manifest.version)
 
     def _accuracy(self, engine: TorchEngine) -> float:

@@ -24,8 +24,8 @@ from pydantic import Field, ValidationError
 from buffer.errors import Conflict, CorruptWeights, NotFound, RunMismatch, StoreUnavailable
 from buffer.settings import Settings
 from buffer.types import PolicyVersion
-from buffer.weights.manifest import Manifest
-from buffer.weights.store import PublishedVersion, WeightsStatus
+from buffer.weights.manifest import Manifest, Payload
+from buffer.weights.store import PublishedVersion, WeightsStatus, write_chunks
 
 CHUNK_BYTES = 1 << 20
 
@@ -137,6 +137,10 @@ class DirectoryWeightStore:
             while chunk := file.read(CHUNK_BYTES):
                 yield chunk
 
+    def download(self, payload: Payload, path: Path) -> None:
+        """See WeightStore."""
+        write_chunks(self.blob(payload.sha256), path)
+
     def blob_path(self, sha256: str) -> Path:
         """Return the file of a payload, for servers that send files. Raises NotFound."""
         path = self._blobs / sha256
@@ -175,7 +179,7 @@ class DirectoryWeightStore:
         """Read a committed manifest once: it never changes, and pollers ask every second."""
         if version not in self._known:
             manifest = self.manifest(version)
-            size = sum(payload.size_bytes for payload in manifest.payloads)
+            size = sum(p.size_bytes for p in manifest.payloads if p.version == version)
             self._known[version] = PublishedVersion(version=version, created_s=manifest.created_s, bytes=size)
         return self._known[version]
 

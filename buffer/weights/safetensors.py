@@ -1,9 +1,11 @@
 """The layout of a safetensors file, read and written without a framework: a keyframe is one."""
 
 import json
+import mmap
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from pydantic import ValidationError
@@ -76,3 +78,23 @@ def _check(placed: Sequence[Placed], data_start: int, file_bytes: int) -> None:
         end = tensor.stop
     if end != file_bytes:
         raise CorruptWeights(f"the tensors of a keyframe end at byte {end} of {file_bytes}")
+
+
+def join(parts: Sequence[Path], target: Path) -> None:
+    """Write the tensors of several files into one. Raises CorruptWeights: one is malformed, or a name occurs twice."""
+    sources = [(mapped, tensor) for mapped in map(_mapped, parts) for tensor in read_header(mapped, len(mapped))]
+    where = {tensor.spec.name: (mapped, tensor) for mapped, tensor in sources}
+    if len(where) != len(sources):
+        raise CorruptWeights("two parts of a keyframe hold the same tensor")
+    head, placed = write_header(tensor.spec for _, tensor in sources)
+    with target.open("wb") as file:
+        file.write(head)
+        for place in placed:
+            mapped, tensor = where[place.spec.name]
+            file.write(mapped[tensor.start : tensor.stop])
+
+
+def _mapped(path: Path) -> memoryview:
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        return memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b"")

@@ -1,10 +1,11 @@
 """The weight store protocol: blobs first, the manifest as the commit."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Protocol
 
 from buffer.types import PolicyVersion, Record
-from buffer.weights.manifest import Manifest
+from buffer.weights.manifest import Manifest, Payload
 
 
 class PublishedVersion(Record):
@@ -14,7 +15,7 @@ class PublishedVersion(Record):
     created_s: float
     """Unix time at publication, by the learner's clock."""
     bytes: int
-    """Of its payloads."""
+    """Of its own payloads: its delta, and its keyframe if it has one."""
 
 
 class WeightsStatus(Record):
@@ -57,3 +58,14 @@ class WeightStore(Protocol):
     def blob(self, sha256: str) -> Iterable[bytes]:
         """Stream a payload in chunks. Raises NotFound."""
         ...
+
+    def download(self, payload: Payload, path: Path) -> None:
+        """Write a payload to a file; whoever reads it checks it. Raises NotFound when retention took it meanwhile."""
+        ...
+
+
+def write_chunks(chunks: Iterable[bytes], path: Path) -> None:
+    """Write chunks to a file: a `download` for stores that only stream."""
+    with path.open("wb") as file:
+        for chunk in chunks:
+            file.write(chunk)

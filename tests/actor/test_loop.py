@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from actor.evaluate import Evaluator
 from actor.loop import ActorLoop
+from actor.receiver import FollowingReceiver
 from actor.rollout import Rollouts
 from actor.settings import ActorSettings, EvaluationSettings
 from actor.spool import Spool
@@ -28,6 +29,7 @@ from buffer.rate_limiter import RateLimiterSettings
 from buffer.table import SampleRequest, TableSettings
 from buffer.types import Group, InsertOutcome, Split
 from buffer.weights.directory_store import DirectoryWeightStore
+from buffer.weights.follower import Follower
 from buffer.wire import Heartbeat, Load
 from services.evaluations import BoardEvaluations
 from services.presence import MemoryBoard
@@ -87,7 +89,7 @@ class Actor:
             engine=self.engine,
             run_id=RUN_ID,
             model_fingerprint=model_fingerprint(self.model_dir),
-            directory=self.directory,
+            receiver=FollowingReceiver(Follower(self.store, self.directory), self.engine),
             settings=self.settings,
             stop=self.stop,
             jitter=random.Random(0),

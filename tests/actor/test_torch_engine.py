@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from actor.decoding import Decoding
 from actor.engine import Completion, GenerationRequest
 from actor.torch_engine import TorchEngine
 from buffer.errors import CorruptWeights, InvalidRequest, InvalidSettings
@@ -233,3 +234,29 @@ def test_nothing_is_generated_before_the_first_load(model_dir: Path) -> None:
 def test_a_directory_that_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidSettings, match="is not a model directory"):
         TorchEngine(tmp_path, seed=0)
+
+
+def test_an_abort_ends_responses_with_the_tokens_drawn_so_far(model_dir: Path, keyframes: list[Path]) -> None:
+    class Counting(TorchEngine):
+        """An engine that is told to abort after its third step."""
+
+        def _step(self, decoding: Decoding) -> None:
+            super()._step(decoding)
+            self.steps += 1
+            if self.steps == 3:
+                self.abort()
+
+        steps = 0
+
+    engine = Counting(model_dir, seed=7)
+    engine.load(keyframes[0], 0)
+    requests = [request((3 + i, 4), max_new_tokens=40) for i in range(12)]
+
+    drawn = engine.generate(requests)
+
+    assert engine.steps == 3
+    assert {len(completion.response_ids) for completion in drawn if completion.finish_reason == "abort"} == {3}
+    assert {completion.finish_reason for completion in drawn} <= {FinishReason.ABORT, FinishReason.STOP}
+    for of, completion in zip(requests, drawn, strict=True):
+        assert_exact(model_dir, keyframes, of, completion)
+    assert all(completion.finish_reason != "abort" for completion in engine.generate(requests))

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from actor.receiver import FollowingReceiver
 from actor.settings import ActorSettings
 from actor.torch_engine import TorchEngine
 from actor.weight_sync import WeightSync
@@ -13,6 +14,7 @@ from buffer.errors import RunMismatch, ServiceUnreachable
 from buffer.fingerprint import model_fingerprint
 from buffer.types import PolicyVersion
 from buffer.weights.directory_store import DirectoryWeightStore
+from buffer.weights.follower import Follower
 from buffer.weights.manifest import Manifest
 from tests.actor.publishing import PROBE_IDS, WrongEngine, publish, wait_until
 from tests.factories import RUN_ID
@@ -65,7 +67,7 @@ def make_sync(tmp_path: Path, model_dir: Path, store: FaultyStore, engine: Wrong
             engine=engine,
             run_id=run_id,
             model_fingerprint=model_fingerprint(model_dir),
-            directory=tmp_path,
+            receiver=FollowingReceiver(Follower(store, tmp_path), engine),
             settings=ActorSettings(poll_s=0.2, retry_s=0.05),
             stop=stop,
             jitter=random.Random(0),
@@ -95,7 +97,7 @@ def test_each_published_version_is_loaded_and_proved(
     expected.load(keyframes[1], 4)
     np.testing.assert_array_equal(engine.score(PROBE_IDS), expected.score(PROBE_IDS))
     assert (engine.version, sync.failures_total, sync.confirm(0)) == (4, 0, True)
-    assert not list(tmp_path.glob("*.safetensors"))
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["mirror.safetensors"]
 
 
 def test_a_wrong_load_is_caught_quarantines_and_is_cured_by_fetching_again(

@@ -17,7 +17,6 @@ from buffer.client import HttpTable, HttpWeightStore, ServiceClient
 from buffer.connection import ClientSettings
 from buffer.errors import (
     Conflict,
-    CorruptWeights,
     Oversize,
     ServiceUnreachable,
     StalewiseError,
@@ -154,18 +153,6 @@ def test_body_too_large_for_the_service_is_an_error_not_an_outcome() -> None:
         with pytest.raises(Oversize, match="why"):
             HttpTable(client).insert([make_group("a")])
 
-        client.close()
-
-
-def test_download_with_a_wrong_hash_leaves_no_file(tmp_path: Path) -> None:
-    payload = Payload(kind="keyframe", version=0, sha256=sha256(b"right").hexdigest(), size_bytes=5)
-    with scripted((200, b"wrong")) as url:
-        client = ServiceClient(url, settings=QUICK)
-
-        with pytest.raises(CorruptWeights, match=f"blob {payload.sha256} arrived with the hash"):
-            HttpWeightStore(client).download(payload, tmp_path / "weights")
-
-        assert list(tmp_path.iterdir()) == []
         client.close()
 
 

@@ -1,10 +1,12 @@
 """A weight store in a dictionary, with real behaviour."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from buffer.errors import Conflict, NotFound
 from buffer.types import PolicyVersion
-from buffer.weights.manifest import Manifest
+from buffer.weights.manifest import Manifest, Payload
+from buffer.weights.store import write_chunks
 
 
 class ListedStore:
@@ -42,3 +44,6 @@ class ListedStore:
         if sha256 not in self._blobs:
             raise NotFound(f"there is no blob {sha256}")
         return [self._blobs[sha256]]
+
+    def download(self, payload: Payload, path: Path) -> None:
+        write_chunks(self.blob(payload.sha256), path)

@@ -1,9 +1,16 @@
-"""One vLLM engine per kind of output layer, two sets of weights for each, and transformers to compare with."""
+"""vLLM in this process and behind HTTP, two sets of weights for each model, and transformers to compare with."""
 
+import hashlib
+import itertools
 import shutil
-from dataclasses import dataclass
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +22,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, 
 
 from actor.engine import Completion
 from actor.settings import VllmSettings
-from actor.vllm_engine import VllmEngine
-from buffer.types import Trajectory
-from tests.factories import UNTRUNCATED
+from actor.vllm.engine import VllmEngine
+from actor.vllm.fetching import WeightSource
+from actor.vllm.remote import RemoteVllmEngine
+from actor.vllm.server import server_command, server_environment
+from buffer.client import HttpWeightStore
+from buffer.connection import ClientSettings, ServiceClient
+from buffer.types import PolicyVersion, Trajectory
+from buffer.weights.delta import encode
+from buffer.weights.manifest import Manifest, Payload
+from buffer.weights.mirror import Mirror
+from services.address import read_address
+from tests.actor.publishing import publish, wait_until
+from tests.factories import RUN_ID, UNTRUNCATED
 
 MAX_MODEL_TOKENS = 128
 VOCABULARY = 48
 END_ID = 1
+SERVICE_PYTHON = Path(__file__).parents[2] / ".venv/bin/python"
+TOKEN = "the-token-of-the-tests"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -30,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("vllm"):
             item.add_marker(pytest.mark.filterwarnings("default"))
-            item.add_marker(pytest.mark.timeout(300))
+            item.add_marker(pytest.mark.timeout(600))
             if find_spec("vllm") is None:
                 item.add_marker(absent)
 
@@ -70,14 +89,73 @@ class Policies:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """An engine and the policies it can be given."""
+    """An engine, the store that its workers fetch from, and the policies that are published there."""
 
-    engine: VllmEngine
+    engine: VllmEngine | RemoteVllmEngine
+    store: HttpWeightStore
     policies: Policies
+    directory: Path
+    versions: Iterator[PolicyVersion] = field(default_factory=itertools.count)
 
-    def load(self, version: int) -> None:
-        """Load the weights of a version into the engine."""
-        self.engine.load(self.policies.file(version), version)
+    def publish(self, file: Path | None = None, *, parity: int) -> Manifest:
+        """Publish the next version with the weights of this parity, or of a file; skip a number where need be."""
+        version = next(v for v in self.versions if v % 2 == parity)
+        publish(self.store, self.policies.directories[0], file or self.policies.file(version), version)
+        return self.store.manifest(version)
+
+    def publish_delta(self, base: Manifest, *, parity: int) -> Manifest:
+        """Publish the next version of this parity, reached over the keyframe of a version and a delta from there."""
+        proven, version = self.publish(parity=parity), next(v for v in self.versions if v % 2 == parity)
+        before, after = (Mirror.open(self.policies.file(v), v) for v in (base.version, version))
+        content = b"".join(encode(before.tensors, after.tensors, base_version=base.version, version=version))
+        delta = Payload(
+            kind="delta",
+            version=version,
+            base_version=base.version,
+            sha256=hashlib.sha256(content).hexdigest(),
+            size_bytes=len(content),
+        )
+        self.store.put_blob(delta.sha256, [content])
+        payloads = (*base.payloads, delta)
+        manifest = proven.model_copy(update={"version": version, "payloads": payloads})
+        self.store.publish(manifest)
+        return manifest
+
+    def forget(self, payload: Payload) -> None:
+        """Delete a payload from the service's disk."""
+        (self.directory / RUN_ID / "weights/blobs" / payload.sha256).unlink()
+
+    def publish_unproven(self, file: Path) -> Manifest:
+        """Publish a file that need not be a version of this model, with the probe of another version."""
+        proven, content, version = self.publish(parity=1), file.read_bytes(), next(self.versions)
+        payload = Payload(
+            kind="keyframe", version=version, sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content)
+        )
+        self.store.put_blob(payload.sha256, [content])
+        checksum = Mirror.open(file, version).checksum
+        update = {"version": version, "payloads": (payload,), "checksum": checksum}
+        self.store.publish(proven.model_copy(update=update))
+        manifest = self.store.latest()
+        assert manifest is not None
+        return manifest
+
+    def flip_a_bit(self, manifest: Manifest) -> None:
+        """Damage the payload of a version on the service's disk."""
+        path = self.directory / RUN_ID / "weights/blobs" / manifest.payloads[0].sha256
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+
+    def load(self, parity: int) -> PolicyVersion:
+        """Publish the weights of this parity, and bring them into the engine."""
+        manifest = self.publish(parity=parity)
+        self.take(manifest)
+        return manifest.version
+
+    def take(self, manifest: Manifest) -> None:
+        """Bring a version into the engine."""
+        self.engine.fetch(manifest)
+        self.engine.load(manifest)
 
 
 def kept_at(drawn: Completion | Trajectory, position: int) -> list[int] | None:
@@ -124,12 +202,78 @@ def _make_model(directory: Path, *, tied: bool, seed: int) -> PreTrainedModel:
     return model
 
 
-@pytest.fixture(scope="session", params=["tied", "untied"])
-def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
-    """Start vLLM on a directory without weights; any version can be loaded."""
-    directories = tmp_path_factory.mktemp(f"{request.param}_0"), tmp_path_factory.mktemp(f"{request.param}_1")
-    policies = make_policies(directories, tied=request.param == "tied")
-    without_weights = tmp_path_factory.mktemp(f"{request.param}_config")
-    shutil.copytree(directories[0], without_weights, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
-    engine = VllmEngine(without_weights, VllmSettings(dtype="float32"), sampling=UNTRUNCATED, seed=7)
-    return Served(engine, policies)
+@contextmanager
+def started(command: list[str], log_path: Path, *, environment: dict[str, str] | None = None) -> Iterator[None]:
+    """Run a command in the background; at the end it is asked to stop."""
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    try:
+        yield
+    finally:
+        process.terminate()
+        code = process.wait(120)
+    assert code == 0, log_path.read_text()
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def cli(python: Path, *arguments: str) -> list[str]:
+    """Return the command that runs `stalewise` in an environment."""
+    return [str(python), "-m", "services.cli", *arguments]
+
+
+def options_of(settings: dict[str, Any]) -> list[str]:
+    """Return settings as command-line options."""
+    return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+
+
+@contextmanager
+def replay_service(directory: Path, model_dir: Path, settings: dict[str, Any]) -> Iterator[str]:
+    """Run `stalewise serve` from the default environment; return its address."""
+    fixed = {"run.name": RUN_ID, "run.runs_dir": directory, "run.model": model_dir, "service.port": 0}
+    command = cli(SERVICE_PYTHON, "serve", *options_of(fixed | settings))
+    with started(command, directory / "service.log"):
+        wait_until(lambda: read_address(directory / RUN_ID) is not None, timeout_s=120)
+        url = read_address(directory / RUN_ID)
+        assert url is not None
+        yield url
+
+
+@contextmanager
+def vllm_server(
+    directory: Path, model_dir: Path, settings: VllmSettings, *, port: int | None = None
+) -> Iterator[VllmSettings]:
+    """Run a vLLM server from this environment; return the settings of an engine that talks to it."""
+    port = port or free_port()
+    command = server_command(model_dir, settings, host="127.0.0.1", port=port, seed=11)
+    with started(command, directory / "vllm.log", environment=server_environment(settings)):
+        yield settings.model_copy(update={"url": f"http://127.0.0.1:{port}"})
+
+
+@pytest.fixture(scope="session", params=["tied", "untied", "remote"])
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Start vLLM, in this process or behind HTTP, on a directory without weights; any version can be loaded."""
+    directory = tmp_path_factory.mktemp(request.param)
+    policies = make_policies((directory / "policy0", directory / "policy1"), tied=request.param != "untied")
+    without_weights = directory / "config"
+    ignored = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(policies.directories[0], without_weights, ignore=ignored)
+    settings = VllmSettings(dtype="float32")
+    with ExitStack() as stack:
+        url = stack.enter_context(replay_service(directory, without_weights, {"service.tokens.admin": TOKEN}))
+        client = ServiceClient(url, token=TOKEN, settings=ClientSettings())
+        stack.callback(client.close)
+        source = WeightSource(url, TOKEN)
+        engine: VllmEngine | RemoteVllmEngine
+        if request.param == "remote":
+            remote = stack.enter_context(vllm_server(directory, without_weights, settings))
+            engine = RemoteVllmEngine(without_weights, remote, sampling=UNTRUNCATED, source=source)
+        else:
+            engine = VllmEngine(without_weights, settings, sampling=UNTRUNCATED, seed=7, source=source)
+        yield Served(engine, HttpWeightStore(client), policies, directory)

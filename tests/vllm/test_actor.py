@@ -1,44 +1,28 @@
 """The real `stalewise act --engine vllm`, against the real `stalewise serve` from the default environment."""
 
 import itertools
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from actor.settings import VllmSettings
 from buffer.client import HttpTable, HttpWeightStore
 from buffer.connection import ClientSettings, ServiceClient
 from buffer.selectors import Fresh
 from buffer.table import SampleRequest
-from buffer.types import Sample
-from services.address import read_address
+from buffer.types import FinishReason, Sample
 from tests.actor.publishing import publish, wait_until
 from tests.factories import RUN_ID
-from tests.vllm.conftest import make_policies
+from tests.vllm.conftest import cli, make_policies, options_of, replay_service, started, vllm_server
 
 pytestmark = pytest.mark.vllm
 
-SERVICE_PYTHON = Path(__file__).parents[2] / ".venv/bin/python"
 TOLERANCE_NATS = 1e-4
 DRAW = 4
-
-
-@contextmanager
-def started(python: Path, log_path: Path, *arguments: str) -> "Iterator[subprocess.Popen[bytes]]":
-    """Run a command in the background; at the end it is asked to drain."""
-    with log_path.open("wb") as log:
-        process = subprocess.Popen([python, "-m", "services.cli", *arguments], stdout=log, stderr=log)
-    try:
-        yield process
-    finally:
-        process.send_signal(signal.SIGTERM)
-        code = process.wait(60)
-    assert code == 0, log_path.read_text()
 
 
 def draw_each_once(table: HttpTable) -> Iterator[Sample]:
@@ -51,13 +35,10 @@ def draw_each_once(table: HttpTable) -> Iterator[Sample]:
         yield from samples
 
 
-def test_its_groups_are_accepted_and_follow_the_published_versions(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["in process", "remote"])
+def test_its_groups_are_accepted_and_follow_the_published_versions(tmp_path: Path, mode: str) -> None:
     policies = make_policies((tmp_path / "policy0", tmp_path / "policy1"), tied=True)
     settings = {
-        "run.name": RUN_ID,
-        "run.runs_dir": tmp_path,
-        "run.model": tmp_path / "policy0",
-        "service.port": 0,
         "limiter.error_buffer": 1e6,
         "limiter.min_size": DRAW,
         "learner.groups_per_update": DRAW,
@@ -66,26 +47,29 @@ def test_its_groups_are_accepted_and_follow_the_published_versions(tmp_path: Pat
         "actor.groups_per_batch": 2,
         "actor.vllm.dtype": "float32",
     }
-    options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
 
-    with started(SERVICE_PYTHON, tmp_path / "service.log", "serve", *options):
-        wait_until(lambda: read_address(tmp_path / RUN_ID) is not None, timeout_s=60)
-        url = read_address(tmp_path / RUN_ID)
-        assert url is not None
+    with ExitStack() as stack:
+        url = stack.enter_context(replay_service(tmp_path, tmp_path / "policy0", settings))
         client = ServiceClient(url, settings=ClientSettings())
+        stack.callback(client.close)
         table, store = HttpTable(client), HttpWeightStore(client)
         publish(store, tmp_path / "policy0", policies.file(0), 0)
-        with started(Path(sys.executable), tmp_path / "actor.log", "act", "--engine", "vllm", *options):
-            wait_until(lambda: table.stats().stored_versions.get(0, 0) >= DRAW, timeout_s=180)
+        if mode == "remote":
+            served = stack.enter_context(vllm_server(tmp_path, tmp_path / "policy0", VllmSettings(dtype="float32")))
+            settings["actor.vllm.url"] = served.url
+        run = {"run.name": RUN_ID, "run.runs_dir": tmp_path, "run.model": tmp_path / "policy0"}
+        act = cli(Path(sys.executable), "act", "--engine", "vllm", *options_of(run | settings))
+        with started(act, tmp_path / "actor.log"):
+            wait_until(lambda: table.stats().stored_versions.get(0, 0) >= DRAW, timeout_s=400)
             publish(store, tmp_path / "policy0", policies.file(1), 1)
-            wait_until(lambda: table.stats().stored_versions.get(1, 0) >= DRAW, timeout_s=60)
+            wait_until(lambda: table.stats().stored_versions.get(1, 0) >= DRAW, timeout_s=120)
         outcomes = table.stats().outcomes
         samples = list(draw_each_once(table))
-        client.close()
 
     assert set(outcomes) <= {"accepted", "full"}
     assert {sample.group.oldest_version for sample in samples} == {0, 1}
     for sample in samples:
         for trajectory in sample.group.trajectories:
+            assert trajectory.finish_reason is not FinishReason.ABORT
             expected = policies.recompute(trajectory.prompt_ids, trajectory, trajectory.sampling.temperature)
             assert np.abs(trajectory.behavior_logprobs - expected).max() < TOLERANCE_NATS

@@ -1,5 +1,6 @@
 """vLLM samples from the version it says, with the log-probs that transformers gives: tolerance 1e-4 nats, float32."""
 
+import itertools
 import threading
 
 import numpy as np
@@ -8,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from actor.engine import Completion, GenerationRequest
-from buffer.errors import CorruptWeights, InvalidRequest
+from actor.weight_sync import check_canary
+from buffer.errors import CanaryFailed, CorruptWeights, InvalidRequest
 from buffer.types import FinishReason, SamplingSettings, VersionSpan
-from buffer.weights.manifest import Probe
 from tests.factories import UNTRUNCATED
 from tests.vllm.conftest import END_ID, MAX_MODEL_TOKENS, Served, kept_at
 
@@ -48,8 +49,8 @@ def test_logprobs_equal_transformers_over_a_grid_of_sampling_settings(
 ) -> None:
     requests = requests_for(SamplingSettings(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p))
 
-    for version in (0, 1, 2):
-        served.load(version)
+    for parity in (0, 1):
+        version = served.load(parity)
         drawn = served.engine.generate(requests)
 
         assert served.engine.version == version
@@ -70,12 +71,12 @@ def test_kept_ids_are_the_top_k_of_transformers(served: Served) -> None:
 
 
 def test_top_k_1_is_greedy_decoding_of_the_loaded_version(served: Served) -> None:
-    for version in (0, 1):
-        served.load(version)
+    for parity in (0, 1):
+        version = served.load(parity)
         for request in requests_for(GREEDY, num=4):
             (drawn,) = served.engine.generate([request])
 
-            sequence = served.policies.models[version].generate(
+            sequence = served.policies.models[version % 2].generate(
                 torch.from_numpy(request.prompt_ids.astype(np.int64))[None], do_sample=False, max_new_tokens=24
             )[0]
             assert drawn.response_ids.tolist() == sequence[len(request.prompt_ids) :].tolist()
@@ -95,21 +96,67 @@ def test_a_response_ends_with_the_end_token_or_at_its_length(served: Served) -> 
         assert ended or len(completion.response_ids) == 24
 
 
-def test_weights_that_change_in_mid_generation_open_a_span_and_keep_logprobs_exact(served: Served) -> None:
-    served.load(0)
+def test_a_delta_brings_the_next_version_where_its_keyframe_is_not_to_be_had(served: Served) -> None:
+    base = served.publish(parity=0)
+    served.take(base)
+    manifest = served.publish_delta(base, parity=1)
+    served.forget(base.payloads[0])
+
+    served.take(manifest)
+
+    check_canary(served.engine, manifest.probe, version=manifest.version)
+    requests = requests_for(UNTRUNCATED)
+    drawn = served.engine.generate(requests)
+    assert {span.version for completion in drawn for span in completion.spans} == {manifest.version}
+    assert_logprobs_are_those_of_the_spans(served, requests, drawn)
+
+
+def test_weights_that_change_in_mid_generation_open_a_span_keep_logprobs_exact_and_lose_no_request(
+    served: Served,
+) -> None:
+    held = served.publish(parity=0)
+    served.take(held)
     requests = requests_for(UNTRUNCATED, num=16, max_new_tokens=100)
     drawn: list[Completion] = []
     generator = threading.Thread(target=lambda: drawn.extend(served.engine.generate(requests)))
 
     generator.start()
-    version = 0
-    while generator.is_alive():
-        version += 1
-        served.load(version)
+    for number in itertools.count(1):
+        held = served.publish_delta(held, parity=number % 2) if number % 4 else served.publish(parity=0)
+        served.take(held)
+        if not generator.is_alive():
+            break
     generator.join()
 
+    assert len(drawn) == len(requests)
+    assert {completion.finish_reason for completion in drawn} <= {FinishReason.STOP, FinishReason.LENGTH}
     assert max(len(completion.spans) for completion in drawn) >= 2
     assert_logprobs_are_those_of_the_spans(served, requests, drawn)
+
+
+def test_abort_ends_generation_with_the_tokens_drawn_so_far(served: Served) -> None:
+    served.load(0)
+    requests = requests_for(UNTRUNCATED, num=16, max_new_tokens=120)
+    drawn: list[Completion] = []
+
+    def generate() -> None:
+        drawn[:] = served.engine.generate(requests)
+
+    def partial(completion: Completion) -> bool:
+        return completion.finish_reason is FinishReason.ABORT and len(completion.response_ids) > 0
+
+    while not any(map(partial, drawn)):  # an abort may come before the first token, or after the last
+        generator = threading.Thread(target=generate)
+        generator.start()
+        served.engine.score(PROBE_IDS)
+        served.engine.abort()
+        generator.join()
+
+    for completion in drawn:
+        assert sum(span.end - span.start for span in completion.spans) == len(completion.response_ids)
+    drawn_some = [(r, c) for r, c in zip(requests, drawn, strict=True) if len(c.response_ids)]
+    assert_logprobs_are_those_of_the_spans(served, *map(list, zip(*drawn_some, strict=True)))
+    assert_logprobs_are_those_of_the_spans(served, requests, served.engine.generate(requests))
 
 
 def test_a_probe_is_scored_at_temperature_1_while_another_thread_generates(served: Served) -> None:
@@ -126,21 +173,21 @@ def test_a_probe_is_scored_at_temperature_1_while_another_thread_generates(serve
     assert np.abs(scores - expected.numpy()).max() < TOLERANCE_NATS
 
 
-def test_the_probe_catches_a_load_with_one_wrong_tensor(
+def test_the_canary_catches_a_load_with_one_wrong_tensor(
     served: Served, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    served.load(0)
-    probe = Probe(token_ids=PROBE_IDS, logprobs=served.engine.score(PROBE_IDS), tolerance=0.05)
+    right = served.publish(parity=0)
     name = "model.layers.1.mlp.down_proj.weight"
     wrong = load_file(served.policies.file(0)) | {name: load_file(served.policies.file(1))[name]}
     path = tmp_path_factory.mktemp("wrong") / "wrong.safetensors"
     save_file(wrong, path)
 
-    served.engine.load(path, 2)
+    served.take(served.publish(path, parity=0))
 
-    assert np.abs(served.engine.score(probe.token_ids) - probe.logprobs).max() > probe.tolerance
-    served.load(2)
-    assert np.abs(served.engine.score(probe.token_ids) - probe.logprobs).max() < TOLERANCE_NATS
+    with pytest.raises(CanaryFailed, match="off by"):
+        check_canary(served.engine, right.probe, version=right.version)
+    served.load(0)
+    check_canary(served.engine, right.probe, version=right.version)
 
 
 @pytest.mark.parametrize(
@@ -148,13 +195,13 @@ def test_the_probe_catches_a_load_with_one_wrong_tensor(
     [
         ("missing", r"lacks model\.norm\.weight, the model needs shape \(64,\)"),
         ("reshaped", r"up_proj\.weight with shape \(8, 8\), the model needs shape \(96, 64\)"),
-        ("cut", "is no safetensors file"),
+        ("flipped", "leads to other weights than its manifest names"),
     ],
 )
-def test_a_file_that_is_not_this_model_is_named_and_the_old_weights_stay(
+def test_a_version_that_is_not_this_model_is_named_and_the_old_weights_stay(
     served: Served, tmp_path_factory: pytest.TempPathFactory, damage: str, message: str
 ) -> None:
-    served.load(0)
+    before = served.load(0)
     tensors = load_file(served.policies.file(1))
     path = tmp_path_factory.mktemp("damaged") / "damaged.safetensors"
     if damage == "missing":
@@ -162,13 +209,14 @@ def test_a_file_that_is_not_this_model_is_named_and_the_old_weights_stay(
     if damage == "reshaped":
         tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(8, 8)
     save_file(tensors, path)
-    if damage == "cut":
-        path.write_bytes(path.read_bytes()[:-100])
+    manifest = served.publish_unproven(path)
+    if damage == "flipped":
+        served.flip_a_bit(manifest)
 
     with pytest.raises(CorruptWeights, match=message):
-        served.engine.load(path, 1)
+        served.take(manifest)
 
-    assert served.engine.version == 0
+    assert served.engine.version == before
     requests = requests_for(UNTRUNCATED)
     assert_logprobs_are_those_of_the_spans(served, requests, served.engine.generate(requests))
 

@@ -3,17 +3,24 @@
 import json
 import subprocess
 import sys
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from actor.settings import VllmSettings
-from actor.vllm_engine import VllmEngine, check_sampling
-from buffer.errors import InvalidSettings
+from actor.vllm.engine import VllmEngine
+from actor.vllm.fetching import WeightSource
+from actor.vllm.plugin import SUPPORTED, check_version
+from actor.vllm.remote import RemoteVllmEngine
+from actor.vllm.sampling import check_sampling
+from buffer.errors import EngineUnreachable, InvalidSettings
 from buffer.types import SamplingSettings
 from tests.factories import UNTRUNCATED
-from tests.vllm.conftest import make_policies
+from tests.vllm.conftest import free_port, make_policies
+
+NOWHERE = WeightSource("http://127.0.0.1:9")
 
 
 @pytest.mark.parametrize(
@@ -34,7 +41,7 @@ def test_sampling_whose_logprobs_vllm_cannot_report_is_refused(
 
 def test_a_directory_without_a_config_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(InvalidSettings, match=r"holds no config\.json"):
-        VllmEngine(tmp_path, VllmSettings(), sampling=UNTRUNCATED, seed=0)
+        VllmEngine(tmp_path, VllmSettings(), sampling=UNTRUNCATED, seed=0, source=NOWHERE)
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
@@ -42,7 +49,27 @@ def test_without_vllm_the_sentence_says_what_to_run(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
 
     with pytest.raises(InvalidSettings, match="make setup-vllm"):
-        VllmEngine(tmp_path, VllmSettings(), sampling=UNTRUNCATED, seed=0)
+        VllmEngine(tmp_path, VllmSettings(), sampling=UNTRUNCATED, seed=0, source=NOWHERE)
+
+
+def test_the_supported_releases_are_those_that_the_extra_installs() -> None:
+    (first, after) = (".".join(map(str, release)) for release in SUPPORTED)
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+
+    assert project["optional-dependencies"]["vllm"] == [f"vllm>={first},<{after}"]
+    check_version("0.32.0")
+    check_version("0.33.1+cpu")
+    for other in ("0.31.2", "0.34.0", "1.0.0"):
+        with pytest.raises(InvalidSettings, match=r"install a release from 0\.32 up to, not including, 0\.34"):
+            check_version(other)
+
+
+def test_a_server_that_does_not_answer_is_waited_for_and_named(tmp_path: Path) -> None:
+    make_policies((tmp_path, tmp_path / "other"), tied=True)
+    settings = VllmSettings(url=f"http://127.0.0.1:{free_port()}", start_timeout_s=0.3)
+
+    with pytest.raises(EngineUnreachable, match="no answer from the vLLM server"):
+        RemoteVllmEngine(tmp_path, settings, sampling=UNTRUNCATED, source=NOWHERE)
 
 
 @pytest.mark.vllm
@@ -52,7 +79,7 @@ def test_heads_that_the_cpu_build_does_not_know_are_refused_at_start(tmp_path: P
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_attention_heads": 4}))
 
     with pytest.raises(InvalidSettings, match="heads are 16 wide"):
-        VllmEngine(tmp_path, VllmSettings(dtype="float32"), sampling=UNTRUNCATED, seed=0)
+        VllmEngine(tmp_path, VllmSettings(dtype="float32"), sampling=UNTRUNCATED, seed=0, source=NOWHERE)
 
 
 @pytest.mark.vllm
@@ -60,7 +87,7 @@ def test_the_actor_imports_neither_the_learner_nor_a_server() -> None:
     program = """
 import sys
 import services.actor_service
-import actor.vllm_engine
+import actor.vllm.engine, actor.vllm.remote
 bad = [m for m in sys.modules if m.split(".")[0] in ("learner", "fastapi", "uvicorn") or m == "services.replay_api"]
 sys.exit(f"imported: {bad}" if bad else 0)
 """

@@ -1,0 +1,107 @@
+"""Downloads by ranges: side by side, and taken up again where they broke off."""
+
+import http.server
+import random
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from buffer.client import HttpWeightStore
+from buffer.connection import ClientSettings, ServiceClient
+from buffer.errors import NotFound, ServiceUnreachable
+from buffer.weights import download
+from buffer.weights.manifest import Payload
+
+CONTENT = random.Random(0).randbytes(100_000)
+PAYLOAD = Payload(kind="keyframe", version=0, sha256=sha256(CONTENT).hexdigest(), size_bytes=len(CONTENT))
+
+
+class Fragile(http.server.BaseHTTPRequestHandler):
+    """Serves ranges of CONTENT, and hangs up after some bytes as often as it is told."""
+
+    protocol_version = "HTTP/1.1"
+    breaks: ClassVar[list[int]]
+    asked: ClassVar[list[tuple[int, int]]]
+    problem: ClassVar[bytes | None] = None
+
+    def do_GET(self) -> None:
+        if self.problem:
+            self.send_response(404)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(self.problem)))
+            self.end_headers()
+            self.wfile.write(self.problem)
+            return
+        match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"])
+        assert match
+        first, last = map(int, match.groups())
+        self.asked.append((first, last))
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{last}/{len(CONTENT)}")
+        self.send_header("Content-Length", str(last + 1 - first))
+        self.end_headers()
+        stop = first + self.breaks.pop() if self.breaks else last + 1
+        self.wfile.write(CONTENT[first:stop])
+        self.close_connection = stop <= last
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@contextmanager
+def fragile(*breaks: int, problem: bytes | None = None) -> Iterator[tuple[str, list[tuple[int, int]]]]:
+    asked: list[tuple[int, int]] = []
+    handler = type("Serving", (Fragile,), {"breaks": list(breaks), "asked": asked, "problem": problem})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}", asked
+        server.shutdown()
+        thread.join()
+
+
+def fetch(url: str, path: Path, *, budget_s: float = 20.0, connections: int = 3) -> None:
+    settings = ClientSettings(
+        retry_budget_s=budget_s, retry_first_s=0.001, retry_max_s=0.002, download_connections=connections
+    )
+    client = ServiceClient(url, settings=settings)
+    try:
+        HttpWeightStore(client).download(PAYLOAD, path)
+    finally:
+        client.close()
+
+
+def test_ranges_side_by_side_make_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "RANGE_BYTES", 7_001)
+
+    with fragile() as (url, asked):
+        fetch(url, tmp_path / "payload")
+
+    assert (tmp_path / "payload").read_bytes() == CONTENT
+    assert sorted(asked) == [(s, min(s + 7_000, 99_999)) for s in range(0, 100_000, 7_001)]
+
+
+def test_a_broken_download_goes_on_where_it_was(tmp_path: Path) -> None:
+    with fragile(0, 60_000, 1, 30_000) as (url, asked):
+        fetch(url, tmp_path / "payload", connections=1)
+
+    assert (tmp_path / "payload").read_bytes() == CONTENT
+    assert [first for first, _ in asked] == [0, 30_000, 30_001, 90_001, 90_001]
+
+
+def test_a_service_that_stays_away_is_a_named_error_within_the_budget(tmp_path: Path) -> None:
+    with fragile(10) as (url, _), pytest.raises(ServiceUnreachable, match="broke off"):
+        fetch(url, tmp_path / "payload", budget_s=0.0)
+
+
+def test_the_service_s_own_error_comes_through(tmp_path: Path) -> None:
+    problem = b'{"error": "not_found", "detail": "the blob is gone", "hint": ""}'
+
+    with fragile(problem=problem) as (url, _), pytest.raises(NotFound, match="the blob is gone"):
+        fetch(url, tmp_path / "payload")
