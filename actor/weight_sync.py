@@ -4,8 +4,9 @@
 |---|---|---|---|
 | a newer manifest (long poll) | an engine that passed the canary | the learner publishing | stop polling |
 
-A load that fails the canary puts the actor into quarantine: the keyframe of the latest version is fetched again, and
-until a load passes nothing is submitted, what was drawn meanwhile included (`confirm`).
+Download and decoding happen before the engine is asked: what it waits for is the copy alone. A load that fails the
+canary puts the actor into quarantine: the latest version is fetched again from a keyframe, and until a load passes
+nothing is submitted, what was drawn meanwhile included (`confirm`).
 """
 
 import logging

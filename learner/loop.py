@@ -19,9 +19,10 @@ from learner.admission import Admission
 from learner.checkpoint import Checkpoints
 from learner.collate import collate
 from learner.errors import TooManySkips
-from learner.publisher import Publisher, take_snapshot
+from learner.publisher import Publisher
 from learner.sampling import Draw, Prefetcher
 from learner.settings import LearnerSettings
+from learner.snapshot import take_snapshot
 from learner.step import SKIPPED, Progress, Trainer
 from learner.trained import trained_groups
 
@@ -96,6 +97,8 @@ class LearnerLoop:
         self._mishaps: Counter[str] = Counter()
         self._skipped_in_a_row = 0
         self._published_clock = -1
+        self._owed = False  # a version that should go out, while an earlier one was still on its way
+        self._coalesced = 0
         self._saved_updates = -1
 
     def run(self) -> None:
@@ -107,7 +110,9 @@ class LearnerLoop:
         try:
             self._publish()
             self._train()
+            self._publisher.flush()
             self._publish()
+            self._publisher.flush()
         except (ServiceUnreachable, StoreUnavailable):
             self._save()  # the weights are good: a service that is away must not cost the work since the last one
             raise
@@ -134,6 +139,8 @@ class LearnerLoop:
             drawn = self._take()
             if drawn is not None and (admitted := self._admit(drawn)) is not None:
                 return admitted
+            if self._owed:
+                self._publish()
             waited_s = self._now() - began_s
             if waited_s >= next_report_s:
                 self._report_wait(waited_s)
@@ -185,7 +192,10 @@ class LearnerLoop:
             "time/sample_wait_s": waited_s,
             "time/publish_s": published_s - stepped_s,
             "time/checkpoint_s": self._now() - published_s,
+            "publish/coalesced_versions_total": float(self._coalesced),
         }
+        if (sent := self._publisher.sent) is not None:
+            times |= {"publish/payload_bytes": float(sent.payload_bytes), "publish/background_s": sent.seconds}
         trained = trained_groups(
             draw.samples, self._trainer.log_ratios, clock=draw.clock, max_tokens=self._settings.report_tokens
         )
@@ -203,14 +213,17 @@ class LearnerLoop:
             ) from error
 
     def _publish(self) -> None:
+        """Begin to publish the weights at hand. While an earlier version is on its way they wait for the next turn."""
         clock = self._trainer.progress.clock
-        if clock != self._published_clock:
+        self._owed = clock != self._published_clock and not self._publisher.idle
+        self._coalesced += self._owed
+        if clock != self._published_clock and not self._owed:
             snapshot = take_snapshot(
                 self._trainer.policy,
                 dtype=self._settings.publish_dtype,
                 tolerance_nats=self._settings.probe_tolerance_nats,
             )
-            self._publisher.publish(snapshot, version=clock)
+            self._publisher.begin(snapshot, version=clock)
             self._published_clock = clock
 
     def _save(self) -> None:

@@ -1,113 +1,178 @@
-"""Publication of a version: a safetensors keyframe, the canary's log-probs, and the manifest as the commit."""
+"""Publication in the background: the learner goes on while a version is encoded, sent and committed.
+
+| waits for | produces | unblocked by | on shutdown |
+|---|---|---|---|
+| a version that was begun | payloads, then the manifest as the commit | the learner | finishes the version |
+
+`begin` blocks for one pass over the weights: it brings the one host copy of what is published up to date and keeps what
+changed. Everything else happens on the executor's thread. While a version is on its way no other is begun: versions in
+between coalesce into the next one.
+"""
 
 import hashlib
-from collections.abc import Callable, Iterator
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-
-import numpy as np
-import safetensors.torch
-import torch
+from typing import IO
 
 from buffer.errors import Conflict
 from buffer.types import PolicyVersion
+from buffer.weights.delta import TensorChange, write_delta
 from buffer.weights.manifest import Manifest, Payload, Probe
-from buffer.weights.safetensors import read_header
+from buffer.weights.mirror import Mirror
+from buffer.weights.plan import Step, Ways
 from buffer.weights.store import WeightStore
-from buffer.weights.tensors import HostTensor, checksum
-from learner.policy import Policy
+from learner.snapshot import Snapshot
 
-CHUNK_BYTES = 1 << 20
-PROBE_TOKENS = 32
-"""Length of the canary: long enough that a wrong layer shows, short enough to score in one prefill."""
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CHUNK_BYTES = 4 << 20
+SPOOL_BYTES = 64 << 20
+"""An encoded delta up to this size stays in memory until it is sent; a larger one goes to a temporary file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
-    """A version's bytes and the proof that goes with them. Immutable: the policy may move on while it is sent."""
+class Sent:
+    """What the last version cost."""
 
-    keyframe: bytes  # a safetensors file, tied weights once
-    probe: Probe
-
-
-def take_snapshot(policy: Policy, *, dtype: str, tolerance_nats: float) -> Snapshot:
-    """Round the weights to `dtype` (float32 or bfloat16), serialise them and score the probe with the rounded ones."""
-    rounded = {name: tensor.to(_DTYPES[dtype]).contiguous() for name, tensor in policy.weights().items()}
-    token_ids = _probe_tokens(policy)
-    ids = torch.tensor(token_ids[None].astype(np.int64), device=policy.model.device)
-    with torch.no_grad():
-        logits = torch.func.functional_call(
-            policy.model,
-            {name: tensor.float() for name, tensor in rounded.items()},
-            kwargs={"input_ids": ids, "use_cache": False},
-        ).logits[0, :-1]  # [N - 1, V]
-        logprobs = logits.float().log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
-    return Snapshot(
-        keyframe=safetensors.torch.save(rounded),
-        probe=Probe(token_ids=token_ids, logprobs=logprobs.cpu().numpy(), tolerance=tolerance_nats),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Chunks:
-    """Bytes in pieces; iterated anew for each attempt to send them."""
-
-    content: bytes
-
-    def __iter__(self) -> Iterator[bytes]:
-        for start in range(0, len(self.content), CHUNK_BYTES):
-            yield self.content[start : start + CHUNK_BYTES]
+    version: PolicyVersion
+    payload_bytes: int
+    seconds: float
+    """From the beginning to the commit, in the background."""
 
 
 class Publisher:
-    """Sends snapshots to the weight store."""
+    """Sends versions to the weight store, each as a delta from the one before, and as a keyframe where one is due."""
 
     def __init__(
-        self, store: WeightStore, *, run_id: str, model_fingerprint: str, unix_time: Callable[[], float]
+        self,
+        store: WeightStore,
+        *,
+        run_id: str,
+        model_fingerprint: str,
+        keyframe_every: int,
+        executor: Executor,
+        unix_time: Callable[[], float],
     ) -> None:
         self._store = store
         self._run_id = run_id
         self._model_fingerprint = model_fingerprint
+        self._keyframe_every = keyframe_every
+        self._executor = executor
         self._unix_time = unix_time
+        self._mirror: Mirror | None = None
+        self._ways = Ways(keyframe_every=keyframe_every)
+        self._published: PolicyVersion | None = None  # what the mirror held when it was last committed
+        self._sending: Future[None] | None = None
+        self.sent: Sent | None = None
+        """The last committed version; None before the first."""
 
     def latest_version(self) -> PolicyVersion | None:
         """Return the latest published version, None before the first."""
         manifest = self._store.latest()
         return None if manifest is None else manifest.version
 
-    def publish(self, snapshot: Snapshot, *, version: PolicyVersion) -> None:
-        """Store the bytes, then commit the version; may be repeated when the answer to an attempt was lost.
+    @property
+    def idle(self) -> bool:
+        """Whether a version may be begun."""
+        return self._sending is None or self._sending.done()
 
-        Raises Conflict when the version, or a later one, was published by somebody else.
+    def begin(self, snapshot: Snapshot, *, version: PolicyVersion) -> None:
+        """Take over a snapshot and send it; the policy may move on once this returns.
+
+        Raises what became of the version before: Conflict when it, or a later one, was published by somebody else;
+        ServiceUnreachable, StoreUnavailable.
         """
-        sha256 = hashlib.sha256(snapshot.keyframe).hexdigest()
-        payload = Payload(kind="keyframe", version=version, sha256=sha256, size_bytes=len(snapshot.keyframe))
-        self._store.put_blob(sha256, _Chunks(snapshot.keyframe))
+        self.flush()
+        if self._mirror is None:
+            self._mirror = Mirror.allocate(values.spec for values in snapshot.tensors)
+        created_s = self._unix_time()
+        changes = self._mirror.advance(snapshot.tensors, version)
+        self._sending = self._executor.submit(self._send, changes, snapshot.probe, version, created_s)
+
+    def flush(self) -> None:
+        """Wait until nothing is on its way. Raises as `begin`."""
+        if self._sending is not None:
+            sending, self._sending = self._sending, None
+            sending.result()
+
+    def _send(self, changes: list[TensorChange], probe: Probe, version: PolicyVersion, created_s: float) -> None:
+        assert self._mirror is not None
+        began_s = time.perf_counter()
+        base, self._published = self._published, None  # a version that fails is followed by a keyframe
+        ways, self._ways = self._ways, Ways(keyframe_every=self._keyframe_every)
+        steps = list(self._put_steps(self._mirror, ways, changes, base, version))
         manifest = Manifest(
             run_id=self._run_id,
             version=version,
-            created_s=self._unix_time(),
+            created_s=created_s,
             model_fingerprint=self._model_fingerprint,
-            checksum=_checksum(snapshot.keyframe),
-            payloads=(payload,),
-            probe=snapshot.probe,
+            checksum=self._mirror.checksum,
+            payloads=ways.add(steps),
+            probe=probe,
         )
+        self._commit(manifest)
+        self._published, self._ways = version, ways
+        payload_bytes = sum(step.size_bytes for step in steps)
+        self.sent = Sent(version=version, payload_bytes=payload_bytes, seconds=time.perf_counter() - began_s)
+
+    def _put_steps(
+        self,
+        mirror: Mirror,
+        ways: Ways,
+        changes: list[TensorChange],
+        base: PolicyVersion | None,
+        version: PolicyVersion,
+    ) -> Iterator[Step]:
+        """Send the delta unless it is larger than a keyframe, and a keyframe where one is due."""
+        delta_bytes = mirror.num_bytes
+        if base is not None:
+            with tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES) as file:
+                delta_bytes = sum(map(file.write, write_delta(base, version, changes)))
+                if delta_bytes < mirror.num_bytes:
+                    chunks = _Again(lambda: _chunks_of(file))
+                    yield Step(base, version, (self._put(chunks, "delta", version, base),))
+        if delta_bytes >= mirror.num_bytes or ways.keyframe_is_due(delta_bytes):
+            chunks = _Again(lambda: map(bytes, mirror.keyframe(CHUNK_BYTES)))
+            yield Step(None, version, (self._put(chunks, "keyframe", version, None),))
+
+    def _put(self, chunks: "_Again", kind: str, version: PolicyVersion, base: PolicyVersion | None) -> Payload:
+        digest, size = hashlib.sha256(), 0
+        for chunk in chunks:
+            digest.update(chunk)
+            size += len(chunk)
+        self._store.put_blob(digest.hexdigest(), chunks)
+        return Payload.model_validate(
+            {
+                "kind": kind,
+                "version": version,
+                "base_version": base,
+                "sha256": digest.hexdigest(),
+                "size_bytes": size,
+            }
+        )
+
+    def _commit(self, manifest: Manifest) -> None:
         try:
             self._store.publish(manifest)
-        except Conflict:
-            if self.latest_version() != version or self._store.manifest(version).payloads != (payload,):
+        except Conflict:  # a retry whose first answer was lost
+            if self.latest_version() != manifest.version:
+                raise
+            if self._store.manifest(manifest.version).model_dump_json() != manifest.model_dump_json():
                 raise
 
 
-def _checksum(keyframe: bytes) -> str:
-    placed = read_header(keyframe, len(keyframe))
-    content = np.frombuffer(keyframe, np.uint8)
-    return checksum(
-        (tensor.spec, HostTensor(tensor.spec, content[tensor.start : tensor.stop]).digest()) for tensor in placed
-    )
+@dataclass(frozen=True, slots=True)
+class _Again:
+    """Bytes in pieces, made anew for each attempt to send them."""
+
+    pieces: Callable[[], Iterable[bytes]]
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self.pieces())
 
 
-def _probe_tokens(policy: Policy) -> np.ndarray:
-    """Return the same [N] int32 tokens for every version of a model, spread over its vocabulary."""
-    length = min(PROBE_TOKENS, policy.max_positions)
-    return np.random.default_rng(0).integers(0, policy.vocab_size, length, dtype=np.int32)
+def _chunks_of(file: IO[bytes]) -> Iterator[bytes]:
+    file.seek(0)
+    while chunk := file.read(CHUNK_BYTES):
+        yield chunk

@@ -84,6 +84,9 @@ class LearnerSettings(Settings):
     """Updates between published versions. 1 keeps the actors as fresh as the buffer allows."""
     publish_dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the published weights; bfloat16 halves the transfer, and actors then run rounded weights."""
+    keyframe_every: Annotated[int, Field(ge=1)] = 20
+    """Published versions from one keyframe to the next, or fewer once the deltas between are as large as it is: what a
+    newcomer fetches, the keyframe and the deltas since, is never more than two models."""
     probe_tolerance_nats: Annotated[float, Field(gt=0)] = 0.05
     """Largest difference on the canary that an engine may show. Engines in float32 differ by less than 1e-3;
     one that computes in bfloat16 wants 0.5. Wrong weights differ by several nats."""

@@ -7,6 +7,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -119,7 +120,12 @@ def run_learner(config: RunConfig, *, resume: bool) -> None:
             resolved_settings=config.model_dump(mode="json"),
         )
         publisher = Publisher(
-            HttpWeightStore(client), run_id=config.run.name, model_fingerprint=fingerprint, unix_time=time.time
+            HttpWeightStore(client),
+            run_id=config.run.name,
+            model_fingerprint=fingerprint,
+            keyframe_every=config.learner.keyframe_every,
+            executor=stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="publisher")),
+            unix_time=time.time,
         )
         take_up(trainer, checkpoints, publisher, resume=resume)
         _watch_evaluations(config, stop, stack)

@@ -1,12 +1,16 @@
-"""A weight store in a dictionary, with real behaviour."""
+"""A weight store in a dictionary, with real behaviour, and what publishing to it needs."""
 
 from collections.abc import Callable, Iterable
+from concurrent.futures import Executor, Future
 from pathlib import Path
+from typing import Any
 
 from buffer.errors import Conflict, NotFound
 from buffer.types import PolicyVersion
 from buffer.weights.manifest import Manifest, Payload
+from buffer.weights.mirror import Mirror
 from buffer.weights.store import write_chunks
+from learner.snapshot import Snapshot
 
 
 class ListedStore:
@@ -47,3 +51,22 @@ class ListedStore:
 
     def download(self, payload: Payload, path: Path) -> None:
         write_chunks(self.blob(payload.sha256), path)
+
+
+class AtOnce(Executor):
+    """Runs a job where it is submitted, so that a test sees every version published before it goes on."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except BaseException as error:  # noqa: BLE001 as any executor: whoever asks for the result gets it
+            future.set_exception(error)
+        return future
+
+
+def keyframe_of(snapshot: Snapshot) -> bytes:
+    """Return a snapshot as the file that would be published."""
+    mirror = Mirror.allocate(values.spec for values in snapshot.tensors)
+    mirror.advance(snapshot.tensors, 0)
+    return b"".join(mirror.keyframe())

@@ -11,10 +11,11 @@ from actor.engine import GenerationRequest
 from actor.torch_engine import TorchEngine
 from buffer.types import SamplingSettings, Trajectory
 from learner.collate import collate
-from learner.publisher import take_snapshot
+from learner.snapshot import take_snapshot
 from tests.actor.conftest import CHARACTERS, character_tokenizer
 from tests.factories import make_group
 from tests.learner.builders import VOCAB, as_sample, make_policy
+from tests.learner.stores import keyframe_of
 
 GRID = [
     SamplingSettings(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
@@ -30,7 +31,7 @@ def engine(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> TorchEn
     character_tokenizer(CHARACTERS).save_pretrained(directory)
     (directory / "config.json").write_bytes((model_dir / "config.json").read_bytes())
     snapshot = take_snapshot(make_policy(model_dir), dtype="float32", tolerance_nats=0.05)
-    (directory / "keyframe").write_bytes(snapshot.keyframe)
+    (directory / "keyframe").write_bytes(keyframe_of(snapshot))
     engine = TorchEngine(directory, seed=0)
     engine.load(directory / "keyframe", 0)
     assert np.abs(engine.score(snapshot.probe.token_ids) - snapshot.probe.logprobs).max() < 1e-4

@@ -21,13 +21,14 @@ from learner.divergence import kl_divergence, kl_lower_bound, total_variation
 from learner.objectives.diagnostics import diagnose
 from learner.objectives.recipes import build_objective
 from learner.policy import Policy
-from learner.publisher import take_snapshot
 from learner.scoring import available_divergences
+from learner.snapshot import take_snapshot
 from learner.step import Trainer
 from learner.tokens import DIVERGENCES, Column
 from tests.actor.conftest import CHARACTERS, character_tokenizer
 from tests.factories import UNTRUNCATED, make_group, make_trajectory
 from tests.learner.builders import VOCAB, as_sample, make_policy, make_trainer
+from tests.learner.stores import keyframe_of
 
 GRID = [
     SamplingSettings(temperature=temperature, top_p=top_p, top_k=top_k, min_p=0.0)
@@ -56,7 +57,7 @@ def group(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Group:
     character_tokenizer(CHARACTERS).save_pretrained(directory)
     (directory / "config.json").write_bytes((model_dir / "config.json").read_bytes())
     snapshot = take_snapshot(make_policy(model_dir), dtype="float32", tolerance_nats=0.05)
-    (directory / "keyframe").write_bytes(snapshot.keyframe)
+    (directory / "keyframe").write_bytes(keyframe_of(snapshot))
     engine = TorchEngine(directory, seed=0, ship_distributions=True)
     engine.load(directory / "keyframe", 0)
     requests = [

@@ -24,7 +24,7 @@ from learner.settings import LearnerSettings
 from learner.step import Progress, Trainer
 from tests.factories import RUN_ID, make_group, make_trajectory
 from tests.learner.builders import VOCAB, as_sample, make_trainer
-from tests.learner.stores import ListedStore
+from tests.learner.stores import AtOnce, ListedStore
 
 
 @dataclass
@@ -60,7 +60,14 @@ class LoopRig:
         self.table = MemoryTable(TableSettings(), limiter, RUN_ID)
         self.store = ListedStore(published=self.table.advance_version)
         self.trainer: Trainer = make_trainer(model_dir)
-        self.publisher = Publisher(self.store, run_id=RUN_ID, model_fingerprint="f" * 64, unix_time=time.time)
+        self.publisher = Publisher(
+            self.store,
+            run_id=RUN_ID,
+            model_fingerprint="f" * 64,
+            keyframe_every=3,
+            executor=AtOnce(),
+            unix_time=time.time,
+        )
         self.checkpoints = Checkpoints(tmp_path, keep=2, model_fingerprint="f" * 64, resolved_settings={})
         self.reporter = _Reporter(self.stop)
         self.gate = gate

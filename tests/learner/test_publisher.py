@@ -1,4 +1,6 @@
-import hashlib
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -8,15 +10,38 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from buffer.errors import Conflict
-from buffer.weights.manifest import Probe
-from learner.publisher import Publisher, take_snapshot
+from buffer.errors import Conflict, StoreUnavailable
+from buffer.weights.manifest import Manifest, Probe
+from buffer.weights.mirror import Mirror
+from buffer.weights.plan import cheapest_path
+from learner.policy import Policy
+from learner.publisher import Publisher
+from learner.snapshot import Snapshot, take_snapshot
 from tests.learner.builders import make_policy
-from tests.learner.stores import ListedStore
+from tests.learner.stores import AtOnce, ListedStore, keyframe_of
 
 
-def _publisher(store: ListedStore) -> Publisher:
-    return Publisher(store, run_id="run", model_fingerprint="f" * 64, unix_time=lambda: 12.0)
+def _publisher(store: ListedStore, *, keyframe_every: int = 20, executor: Executor | None = None) -> Publisher:
+    return Publisher(
+        store,
+        run_id="run",
+        model_fingerprint="f" * 64,
+        keyframe_every=keyframe_every,
+        executor=executor or AtOnce(),
+        unix_time=lambda: 12.0,
+    )
+
+
+def _snapshot(policy: Policy, dtype: str = "bfloat16") -> Snapshot:
+    return take_snapshot(policy, dtype=dtype, tolerance_nats=0.05)
+
+
+@torch.no_grad()
+def _step(policy: Policy, share: float = 0.01) -> None:
+    """Move some of the weights, as an update would."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in policy.model.parameters():
+        parameter *= 1 + 0.01 * (torch.rand(parameter.shape, generator=generator) < share)
 
 
 @torch.no_grad()
@@ -27,6 +52,22 @@ def _score(model: torch.nn.Module, probe: Probe) -> Tensor:
     return torch.stack([logprobs[index, ids[index + 1]] for index in range(len(ids) - 1)])
 
 
+def _follow(store: ListedStore, mirror: Mirror | None, path: Path, version: int) -> Mirror:
+    """Bring an actor's mirror to a version, the cheapest way."""
+    manifest = store.manifest(version)
+    for step in cheapest_path(manifest, None if mirror is None else mirror.version):
+        blobs = [b"".join(store.blob(part.sha256)) for part in step.parts]
+        if step.base_version is None:
+            path.write_bytes(blobs[0])
+            mirror = Mirror.open(path, step.version)
+        else:
+            assert mirror is not None
+            mirror.apply([[blob] for blob in blobs], base_version=step.base_version, version=step.version)
+    assert mirror is not None
+    assert (mirror.version, mirror.checksum) == (version, manifest.checksum)
+    return mirror
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_published_bytes_load_into_a_fresh_model_that_passes_the_canary(
     model_dir: Path, tmp_path: Path, dtype: str
@@ -35,9 +76,9 @@ def test_published_bytes_load_into_a_fresh_model_that_passes_the_canary(
     with torch.no_grad():
         for parameter in policy.model.parameters():
             parameter.mul_(1.2345)
-    snapshot = take_snapshot(policy, dtype=dtype, tolerance_nats=0.05)
+    snapshot = _snapshot(policy, dtype)
     (tmp_path / "config.json").write_bytes((model_dir / "config.json").read_bytes())
-    (tmp_path / "model.safetensors").write_bytes(snapshot.keyframe)
+    (tmp_path / "model.safetensors").write_bytes(keyframe_of(snapshot))
 
     fresh = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
 
@@ -47,49 +88,155 @@ def test_published_bytes_load_into_a_fresh_model_that_passes_the_canary(
     assert (_score(old, snapshot.probe) - probe).abs().max() > 0.05
 
 
-def test_the_probe_scores_the_rounded_weights_not_the_exact_ones(model_dir: Path) -> None:
+def test_the_probe_scores_the_rounded_weights_and_leaves_the_exact_ones_as_they_were(model_dir: Path) -> None:
     policy = make_policy(model_dir)
-    exact = take_snapshot(policy, dtype="float32", tolerance_nats=0.05).probe.logprobs
-    rounded = take_snapshot(policy, dtype="bfloat16", tolerance_nats=0.05).probe.logprobs
+    before = {name: tensor.clone() for name, tensor in policy.weights().items()}
+
+    exact = _snapshot(policy, "float32").probe.logprobs
+    rounded = _snapshot(policy, "bfloat16").probe.logprobs
 
     assert 1e-4 < np.abs(exact - rounded).max() < 1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in policy.weights().items())
 
 
 def test_tied_weights_travel_once(model_dir: Path) -> None:
-    tensors = safetensors.torch.load(take_snapshot(make_policy(model_dir), dtype="float32", tolerance_nats=1).keyframe)
+    tensors = safetensors.torch.load(keyframe_of(_snapshot(make_policy(model_dir), "float32")))
 
     assert "lm_head.weight" not in tensors
     assert "model.embed_tokens.weight" in tensors
 
 
-def test_the_blob_is_stored_before_the_manifest_that_names_it(model_dir: Path) -> None:
-    store = ListedStore()
-    snapshot = take_snapshot(make_policy(model_dir), dtype="float32", tolerance_nats=0.05)
+def test_blobs_are_stored_before_the_manifest_that_names_them(model_dir: Path) -> None:
+    store, policy = ListedStore(), make_policy(model_dir)
+    publisher = _publisher(store)
 
-    _publisher(store).publish(snapshot, version=0)
+    publisher.begin(_snapshot(policy), version=0)
+    _step(policy)
+    publisher.begin(_snapshot(policy), version=1)
+    publisher.flush()
 
-    sha256 = hashlib.sha256(snapshot.keyframe).hexdigest()
-    assert store.events == [f"blob {sha256}", "manifest 0"]
-    assert b"".join(store.blob(sha256)) == snapshot.keyframe
-    manifest = store.manifest(0)
-    assert (manifest.run_id, manifest.created_s, manifest.payloads[0].size_bytes) == (
-        "run",
-        12.0,
-        len(snapshot.keyframe),
-    )
+    keyframe, delta = store.manifest(1).payloads
+    assert store.events == [f"blob {keyframe.sha256}", "manifest 0", f"blob {delta.sha256}", "manifest 1"]
+    assert (keyframe.kind, delta.kind, delta.base_version) == ("keyframe", "delta", 0)
+    assert delta.size_bytes < keyframe.size_bytes / 3
+    assert (store.manifest(1).run_id, store.manifest(1).created_s) == ("run", 12.0)
+    assert publisher.sent is not None
+    assert (publisher.sent.version, publisher.sent.payload_bytes) == (1, delta.size_bytes)
+
+
+def test_whoever_follows_or_joins_late_or_misses_versions_ends_with_the_learner_s_weights(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    store, policy = ListedStore(), make_policy(model_dir)
+    publisher = _publisher(store, keyframe_every=4)
+    follower: Mirror | None = None
+    sleeper: Mirror | None = None
+    for version in range(0, 20, 2):  # versions have gaps
+        publisher.begin(_snapshot(policy), version=version)
+        publisher.flush()
+        follower = _follow(store, follower, tmp_path / "follower", version)
+        if version % 6 == 0:
+            sleeper = _follow(store, sleeper, tmp_path / "sleeper", version)
+        joiner = _follow(store, None, tmp_path / "joiner", version)
+        assert bytes(b"".join(follower.keyframe())) == keyframe_of(_snapshot(policy))
+        assert joiner.checksum == follower.checksum
+        _step(policy)
+
+    kinds = [[p.kind for p in store.manifest(v).payloads if p.version == v] for v in range(0, 20, 2)]
+    assert kinds == [
+        ["keyframe"],
+        *[["delta"]] * 3,
+        ["delta", "keyframe"],
+        *[["delta"]] * 3,
+        ["delta", "keyframe"],
+        ["delta"],
+    ]
+
+
+def test_a_delta_that_saves_nothing_is_a_keyframe(model_dir: Path) -> None:
+    store, policy = ListedStore(), make_policy(model_dir)
+    publisher = _publisher(store)
+    publisher.begin(_snapshot(policy), version=0)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 10 ** (40 * torch.rand(parameter.shape) - 20))
+
+    publisher.begin(_snapshot(policy), version=1)
+
+    assert [payload.kind for payload in store.manifest(1).payloads] == ["keyframe"]
 
 
 def test_a_lost_answer_is_no_conflict_but_a_foreign_version_is(model_dir: Path) -> None:
-    store = ListedStore()
-    policy = make_policy(model_dir)
+    class Forgetful(ListedStore):
+        def publish(self, manifest: Manifest) -> None:
+            super().publish(manifest)
+            raise Conflict("the answer to the first attempt was lost")
+
+    store, policy = Forgetful(), make_policy(model_dir)
     publisher = _publisher(store)
-    snapshot = take_snapshot(policy, dtype="float32", tolerance_nats=0.05)
-    publisher.publish(snapshot, version=3)
 
-    publisher.publish(snapshot, version=3)
+    publisher.begin(_snapshot(policy), version=3)
+    publisher.flush()
 
-    other = take_snapshot(policy, dtype="bfloat16", tolerance_nats=0.05)
+    other = _publisher(store)
+    other.begin(_snapshot(policy, "float32"), version=3)
     with pytest.raises(Conflict):
-        publisher.publish(other, version=3)
+        other.flush()
+    late = _publisher(store)
+    late.begin(_snapshot(policy), version=2)
     with pytest.raises(Conflict):
-        publisher.publish(snapshot, version=2)
+        late.flush()
+
+
+class GatedStore(ListedStore):
+    """Holds every blob back until the gate opens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+
+    def put_blob(self, sha256: str, chunks: Iterable[bytes]) -> None:
+        assert self.gate.wait(30)
+        super().put_blob(sha256, chunks)
+
+
+def test_the_policy_may_move_on_while_its_version_is_sent(model_dir: Path, tmp_path: Path) -> None:
+    store, policy = GatedStore(), make_policy(model_dir)
+    expected = keyframe_of(_snapshot(policy))
+    with ThreadPoolExecutor(1) as executor:
+        publisher = _publisher(store, executor=executor)
+
+        publisher.begin(_snapshot(policy), version=0)
+        idle_at_once = publisher.idle
+        _step(policy)
+        assert store.manifests == {}
+        store.gate.set()
+        publisher.flush()
+
+    assert (idle_at_once, publisher.idle) == (False, True)
+    assert b"".join(_follow(store, None, tmp_path / "mirror", 0).keyframe()) == expected
+
+
+def test_after_a_version_that_could_not_be_sent_comes_a_keyframe(model_dir: Path) -> None:
+    class Refusing(ListedStore):
+        refusals: Callable[[], bool]
+
+        def put_blob(self, sha256: str, chunks: Iterable[bytes]) -> None:
+            if self.refusals():
+                raise StoreUnavailable("the disk is full")
+            super().put_blob(sha256, chunks)
+
+    store, policy = Refusing(), make_policy(model_dir)
+    refuse = iter([False, True, False])
+    store.refusals = lambda: next(refuse)
+    publisher = _publisher(store)
+    publisher.begin(_snapshot(policy), version=0)
+    _step(policy)
+    publisher.begin(_snapshot(policy), version=1)
+
+    with pytest.raises(StoreUnavailable):
+        publisher.flush()
+    publisher.begin(_snapshot(policy), version=2)
+    publisher.flush()
+
+    assert [payload.kind for payload in store.manifest(2).payloads] == ["keyframe"]
