@@ -25,6 +25,7 @@ from learner.settings import LearnerSettings
 from learner.step import Progress, Trainer
 from tests.factories import RUN_ID
 from tests.learner.builders import VOCAB, make_trainer, plain_samples
+from tests.learner.stores import AtOnce
 
 UPDATES = 20
 FINGERPRINT = "f" * 64
@@ -64,7 +65,14 @@ def train_recorded(model_dir: Path, run_dir: Path, *, pause_at: int | None = Non
     settings = LearnerSettings(groups_per_update=2, total_updates=UPDATES, checkpoint_every=10)
     checkpoints = Checkpoints(run_dir / "checkpoints", keep=2, model_fingerprint=FINGERPRINT, resolved_settings={})
     store = DirectoryWeightStore(run_dir / "weights")
-    publisher = Publisher(store, run_id=RUN_ID, model_fingerprint=FINGERPRINT, unix_time=time.time)
+    publisher = Publisher(
+        store,
+        run_id=RUN_ID,
+        model_fingerprint=FINGERPRINT,
+        keyframe_every=20,
+        executor=AtOnce(),
+        unix_time=time.time,
+    )
     take_up(trainer, checkpoints, publisher, resume=True)
     recording = _Recording(trainer.progress.updates)
     LearnerLoop(
