@@ -1,23 +1,25 @@
 """The weights face of the service: content-addressed payloads, manifests as commits, long polls without threads."""
 
 import asyncio
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Annotated
 
 from fastapi import Path, Query, Request, Response
-from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
+from starlette.types import Receive, Scope, Send
 
-from buffer.errors import InvalidRequest, RangeNotSatisfiable, RunMismatch
+from buffer.errors import InvalidRequest, RangeNotSatisfiable, RunMismatch, StoreUnavailable
 from buffer.weights.manifest import Manifest
 from buffer.wire import decode, parse
 from services.bodies import answer, read_body, sent_media_type, upload_chunks, wanted_media_type
 from services.context import ServiceContext
 from services.operations import OCTETS, Operation
 
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 4 << 20
+"""Of a payload at a time: smaller ones cost more in calls than they save in memory."""
 _IMMUTABLE = "public, max-age=31536000, immutable"
 
 BlobName = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$")]
@@ -157,7 +159,7 @@ def _file_response(request: Request, path: FilePath, *, etag: str) -> Response:
         (start, end), status = asked, 206
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
     headers["Content-Length"] = str(end - start)
-    return StreamingResponse(_read(path, start, end), status_code=status, headers=headers, media_type=OCTETS)
+    return _FileRange(path, start, end, status_code=status, headers=headers)
 
 
 def _asked_range(request: Request, size: int) -> tuple[int, int] | None:
@@ -173,9 +175,35 @@ def _asked_range(request: Request, size: int) -> tuple[int, int] | None:
     return start, end
 
 
-def _read(path: FilePath, start: int, end: int) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        file.seek(start)
-        while start < end and (chunk := file.read(min(_CHUNK_BYTES, end - start))):
-            start += len(chunk)
-            yield chunk
+class _FileRange(Response):
+    """Sends bytes [start, end) of a file: the next chunk is read while the last one is on its way."""
+
+    media_type = OCTETS
+
+    def __init__(self, path: FilePath, start: int, end: int, *, status_code: int, headers: Mapping[str, str]) -> None:
+        super().__init__(status_code=status_code, headers=headers)
+        self._path = path
+        self._start = start
+        self._end = end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See Starlette's Response; a caller that hung up ends it by the server's error."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        with self._path.open("rb", buffering=0) as file:
+            chunk = await self._read(file.fileno(), self._start)
+            position = self._start + len(chunk)
+            while position < self._end:
+                upcoming = asyncio.ensure_future(self._read(file.fileno(), position))
+                try:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                finally:
+                    chunk = await upcoming
+                position += len(chunk)
+        await send({"type": "http.response.body", "body": chunk})
+
+    async def _read(self, descriptor: int, position: int) -> bytes:
+        size = min(_CHUNK_BYTES, self._end - position)
+        chunk = await run_in_threadpool(os.pread, descriptor, size, position)
+        if len(chunk) < size:
+            raise StoreUnavailable(f"{self._path} became shorter while it was sent")
+        return chunk

@@ -35,6 +35,9 @@ class WeightStoreSettings(Settings):
 
     keep_versions: Annotated[int, Field(ge=1)] = 4
     """Newest versions kept; an actor that downloads an older one finds it gone and asks for the latest."""
+    max_bytes: Annotated[int, Field(ge=1)] = 256 << 30
+    """Disk for payloads. Over it the oldest versions go first, but never the latest one: an upload that does not fit
+    beside it is refused. 256 GiB hold four keyframes of a 32 B model in bfloat16."""
     orphan_age_s: Annotated[float, Field(gt=0)] = 3600.0
     """Seconds after which an upload that no version names is deleted; longer than any upload takes."""
     poll_s: Annotated[float, Field(gt=0)] = 0.05
@@ -61,11 +64,18 @@ class DirectoryWeightStore:
 
     def put_blob(self, sha256: str, chunks: Iterable[bytes]) -> None:
         """See WeightStore. The payload is on disk under its name, whole and synced, or not at all."""
+        room = self._settings.max_bytes - self._bytes_in_use()
         with self._incoming_file() as file:
             digest = hashlib.sha256()
             for chunk in chunks:
                 digest.update(chunk)
-                file.write(chunk)
+                room -= file.write(chunk)
+                if room < 0:
+                    raise StoreUnavailable(
+                        f"the payload does not fit: the latest version and other uploads leave too little of"
+                        f" weights.max_bytes={self._settings.max_bytes}",
+                        hint="raise weights.max_bytes, or publish smaller versions",
+                    )
             if digest.hexdigest() != sha256:
                 raise CorruptWeights(
                     f"the payload has the hash {digest.hexdigest()}, not {sha256}", hint="send it again: it was dropped"
@@ -198,8 +208,11 @@ class DirectoryWeightStore:
     def _collect(self) -> None:
         """Delete versions beyond retention, then the blobs that no kept version names: pointers first, data last."""
         versions = self._stored_versions()
-        pinned = {int(path.name) for path in self._pinned.iterdir()} & set(versions)
-        kept = pinned | set(versions[-self._settings.keep_versions :])
+        pinned = self._pinned_versions() & set(versions)
+        kept = sorted(pinned | set(versions[-self._settings.keep_versions :]))
+        for version in [version for version in kept[:-1] if version not in pinned]:
+            if self._named_bytes(kept) > self._settings.max_bytes:
+                kept.remove(version)
         dropped = [version for version in versions if version not in kept]
         retired = {payload.sha256 for version in dropped for payload in self.manifest(version).payloads}
         named = {payload.sha256 for version in kept for payload in self.manifest(version).payloads}
@@ -212,6 +225,21 @@ class DirectoryWeightStore:
             for entry in os.scandir(directory):
                 if entry.name not in named and (entry.name in retired or entry.stat().st_mtime < expired_s):
                     Path(entry.path).unlink(missing_ok=True)
+
+    def _pinned_versions(self) -> set[PolicyVersion]:
+        return {int(path.name) for path in self._pinned.iterdir()}
+
+    def _named_bytes(self, versions: Iterable[PolicyVersion]) -> int:
+        named = {payload.sha256: payload.size_bytes for v in versions for payload in self.manifest(v).payloads}
+        return sum(named.values())
+
+    def _bytes_in_use(self) -> int:
+        """Bytes that a commit will not free: the latest version's, and those of uploads that no version names yet."""
+        stays = {self.latest_version(), *self._pinned_versions()}
+        versions = [version for version in self._stored_versions() if version <= self.latest_version()]
+        older = {p.sha256 for v in versions if v not in stays for p in self.manifest(v).payloads}
+        needed = {p.sha256 for v in versions if v in stays for p in self.manifest(v).payloads}
+        return sum(e.stat().st_size for e in os.scandir(self._blobs) if e.name in needed or e.name not in older)
 
     def _replace(self, path: Path, content: bytes) -> None:
         with self._incoming_file() as file:

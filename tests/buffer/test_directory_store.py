@@ -230,3 +230,28 @@ def test_directory_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
 
     with pytest.raises(StoreUnavailable, match=r"the weight store meets a disk error: .*Not a directory"):
         DirectoryWeightStore(tmp_path / "file" / "weights")
+
+
+def sized(version: int, size: int) -> tuple[Manifest, bytes]:
+    payload = bytes([version]) * size
+    return make_manifest(version, payload=payload), payload
+
+
+def test_a_full_disk_costs_the_oldest_versions_and_never_the_latest(tmp_path: Path) -> None:
+    store = DirectoryWeightStore(tmp_path, settings=WeightStoreSettings(keep_versions=4, max_bytes=100))
+    for version, size in ((0, 30), (1, 30), (2, 60)):
+        manifest, payload = sized(version, size)
+        store.put_blob(manifest.payloads[0].sha256, [payload])
+        store.publish(manifest)
+    assert (store.status().versions, store.status().bytes, store.status().deleted_total) == ([1, 2], 90, 1)
+
+    manifest, payload = sized(3, 41)
+    with pytest.raises(StoreUnavailable, match=r"weights\.max_bytes=100"):
+        store.put_blob(manifest.payloads[0].sha256, [payload[:40], payload[40:]])
+
+    assert store.status().versions == [1, 2]
+    assert not list((tmp_path / "incoming").iterdir())
+    manifest, payload = sized(3, 40)
+    store.put_blob(manifest.payloads[0].sha256, [payload])
+    store.publish(manifest)
+    assert (store.status().versions, store.status().deleted_total) == ([2, 3], 2)
