@@ -83,3 +83,7 @@ $(VENV_REVERB)/.done: constraints-reverb.txt scripts/setup-reverb
 # under ten minutes; shorter with ARGS=--quick
 bench-buffer: setup setup-reverb
 	$(BIN)/python -m benchmarks.buffer $(ARGS)
+
+# the cache of weights in a real nginx (Debian: apt-get install nginx-light), which `make test` skips where there is none
+test-nginx: setup
+	STALEWISE_NEEDS_NGINX=1 $(BIN)/pytest tests/nginx
