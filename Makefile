@@ -6,7 +6,7 @@ export OMP_NUM_THREADS := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup docs demo compare staleness staleness-quick test test-chaos test-fuzz mutation lint format types imports check setup-vllm test-vllm setup-reverb bench-buffer
+.PHONY: setup docs demo compare staleness staleness-quick test test-chaos test-browser test-fuzz mutation lint format types imports check setup-vllm test-vllm setup-reverb bench-buffer
 
 setup: $(VENV)/.done
 
@@ -34,6 +34,10 @@ test: setup
 # 100 kills of each policy, 10 to 25 minutes; another order of kills: ARGS=--chaos-seed=7
 test-chaos: setup
 	$(BIN)/pytest tests/chaos --chaos-kills=100 --timeout=0 -o log_cli=true -o log_cli_level=INFO --log-disable=httpx $(ARGS)
+
+# the dashboard over 100,000 groups and beside a real run, in Chromium, about 5 minutes
+test-browser: setup
+	CI=true $(BIN)/pytest tests/browser tests/browser/long_look.py -s --timeout=0
 
 # the fuzzers of `make test` with 60 times their executions, about an hour
 test-fuzz: setup

@@ -177,7 +177,13 @@ class ActorLoop:
         self._status.groups_total += 1
         self._status.outcomes[result.outcome] += 1
         if result.outcome in _REFUSED:
-            log.error("group %s was refused as %s: %s", result.group_id, result.outcome, result.reason)
+            log.error(
+                "group %s was refused as %s: %s",
+                result.group_id,
+                result.outcome,
+                result.reason,
+                extra={"group_id": result.group_id},
+            )
 
     def _note_away(self, error: Exception) -> None:
         if self._retry_at_s is None:

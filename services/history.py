@@ -48,7 +48,6 @@ _METRICS = (
     "k3/",
     "trust_region/bound_",
     "time/",
-    "eval/",
 )
 """Beginnings of the learner's metrics that are remembered; of gates, what they kept."""
 _KEPT = "_sequences_kept_share"
@@ -203,6 +202,8 @@ def observe(stats: ServiceStats) -> Observation:
     loads = [load.publish_to_loaded_s for actor in stats.actors for load in actor.loads[-1:]]
     if loads:
         gauges["publish_to_loaded_s"] = sum(loads) / len(loads)
+    for evaluation in stats.evaluations.results[-1:]:
+        gauges |= {f"pass_at/{k}": share for k, share in evaluation.pass_at.items()}
     if learner is not None:
         counters["updates"] = learner.updates
     if learner is not None and learner.age_s < _SILENT_S:

@@ -1,5 +1,6 @@
 """What brings groups in over HTTP: whole groups, single trajectories, recorded groups; one outcome each."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, TypeVar
 
@@ -29,6 +30,11 @@ from services.operations import Operation
 
 R = TypeVar("R", bound=InsertResult)
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+_WRONG = frozenset({InsertOutcome.CONFLICT, InsertOutcome.OVERSIZE, InsertOutcome.INVALID})
+"""Outcomes that say that something is wrong with the sender; the others happen on a good day."""
 
 STATUS: Mapping[InsertOutcome, int] = {
     InsertOutcome.ACCEPTED: 200,
@@ -178,6 +184,15 @@ def _answer(
     media_type: str,
     retry_after_s: int,
 ) -> Response:
+    if bad := [result for result in results if result.outcome in _WRONG]:  # one line, however much nonsense is sent
+        log.warning(
+            "%d of %d are refused, the first as %s: %s",
+            len(bad),
+            len(results),
+            bad[0].outcome,
+            bad[0].reason,
+            extra={"group_id": bad[0].group_id},
+        )
     full = any(result.outcome is InsertOutcome.FULL for result in results)
     headers = {"Retry-After": str(retry_after_s)} if full else None
     statuses = {STATUS[result.outcome] for result in results}

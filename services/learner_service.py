@@ -71,6 +71,7 @@ class ServiceReporter:
                 metrics["reward/mean"],
                 metrics.get("age/updates_p50", math.nan),
                 metrics["time/sample_wait_s"],
+                extra={"version": progress.clock},
             )
             log.info("%s", acceptance_sentence(metrics))
         self._post(progress, None, trained)

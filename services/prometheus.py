@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 from starlette.concurrency import run_in_threadpool
 
+from buffer.evaluations import EvaluationBoard
 from buffer.table import TableStats
 from buffer.wire import ActorStatus, LearnerStatus, ServiceStats
 from services.context import ServiceContext
@@ -54,6 +55,7 @@ class StatsCollector(Collector):
         yield from _limits(stats)
         yield from _pacing(stats)
         yield from _weights(stats)
+        yield from _evaluations(stats.evaluations)
         if stats.learner is not None:
             yield from _learner(stats.learner)
         yield from _actors(stats.actors, clock=stats.run.latest_version)
@@ -117,6 +119,15 @@ def _weights(stats: ServiceStats) -> Iterator[Metric]:
         newest = weights.published[-1]
         yield _gauge("weights_published_timestamp_seconds", "When the latest version was published", newest.created_s)
         yield _gauge("weights_latest_bytes", "Payloads of the latest version", newest.bytes)
+
+
+def _evaluations(board: EvaluationBoard) -> Iterator[Metric]:
+    if board.results:
+        newest = board.results[-1]
+        yield _gauges("evaluation_pass_at", "Of the newest evaluation, by k", "k", newest.pass_at)
+        yield _gauge("evaluation_version", "The version that it evaluated", newest.version)
+    if board.best_version is not None:
+        yield _gauge("evaluation_best_version", "The version with the highest pass@1", board.best_version)
 
 
 def _learner(learner: LearnerStatus) -> Iterator[Metric]:

@@ -1,6 +1,7 @@
 """The weights face of the service: content-addressed payloads, manifests as commits, long polls without threads."""
 
 import asyncio
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,8 @@ from buffer.wire import decode, parse
 from services.bodies import answer, read_body, sent_media_type, upload_chunks, wanted_media_type
 from services.context import ServiceContext
 from services.operations import OCTETS, Operation
+
+log = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 4 << 20
 """Of a payload at a time: smaller ones cost more in calls than they save in memory."""
@@ -114,6 +117,7 @@ def _publish_operation(context: ServiceContext) -> Operation:
             raise RunMismatch(f"the manifest is of run {manifest.run_id}, this service serves {context.run_id}")
         await run_in_threadpool(context.weights.publish, manifest)
         await run_in_threadpool(context.table.advance_version, manifest.version)
+        log.info("version %d is published", version, extra={"version": version})
         return Response(status_code=204)
 
     return Operation(

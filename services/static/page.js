@@ -4,7 +4,7 @@ import {drawBuffer} from "/static/buffer.js";
 import {chartsIn, found, gauge, lines, rate} from "/static/charts.js";
 import {startBrowser} from "/static/groups.js";
 import {History} from "/static/history.js";
-import {drawActors, drawLearner} from "/static/processes.js";
+import {drawActors, drawEvaluations, drawLearner} from "/static/processes.js";
 import {$, bytes, number, seconds, share, write} from "/static/text.js";
 import {drawNow} from "/static/now.js";
 
@@ -16,7 +16,7 @@ const nats = (value) => number(value);
 const charts = [
   chartsIn("charts-learning", [
     {title: "Reward of trained batches, and evaluation", format: number,
-      series: (points) => [["reward, mean", gauge("reward/mean")(points)], ...found(/^eval\/(.+)$/, (match) => match[1].replaceAll("_", " "))(points)]},
+      series: (points) => [["reward, mean", gauge("reward/mean")(points)], ...found(/^pass_at\/(\d+)$/, (match) => `pass@${match[1]} on held-out prompts`)(points)]},
     {title: "Age of trained groups, updates", format: updates,
       series: lines(["median", gauge("age/updates_p50")], ["90 %", gauge("age/updates_p90")])},
     {title: "Updates per second", format: perSecond, series: lines(["updates", rate("updates")])},
@@ -63,6 +63,7 @@ function draw(stats) {
   drawBuffer(stats, history.points);
   drawLearner(stats);
   drawActors(stats);
+  drawEvaluations(stats.evaluations);
 }
 
 async function look() {

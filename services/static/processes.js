@@ -1,5 +1,5 @@
 // The learner's last batch by age, all of its metrics, the actors and the weight versions.
-import {$, bytes, clock, fill, number, seconds, share} from "/static/text.js";
+import {$, bytes, clock, fill, number, seconds, share, write} from "/static/text.js";
 
 const BUCKETS = {foreign: "foreign", "0": "0", "1_3": "1 – 3", "4_15": "4 – 15", "16_63": "16 – 63", "64_plus": "64 and more"};
 const BY_AGE = /^(.+\/)(.*?)age_(foreign|0|1_3|4_15|16_63|64_plus)_(.+)$/;
@@ -59,4 +59,20 @@ export function drawActors(stats) {
   };
   fill($("versions"), ["version", "published", "size", "publish to loaded, median", "loads", "in use by"],
     weights.published.toReversed().map(line));
+}
+
+const EVALUATIONS = 8;
+
+export function drawEvaluations({results, best_version: best, running}) {
+  $("evaluations").hidden = !results.length && !running.length;
+  const ks = [...new Set(results.flatMap((result) => Object.keys(result.pass_at)))].sort((a, b) => a - b);
+  const line = (result) => [
+    `${number(result.version)}${result.version === best ? ", the best" : ""}`, clock(result.finished_s),
+    ...ks.map((k) => `${share(result.pass_at[k])}${k === "1" ? ` ± ${share(result.pass_1_standard_error)}` : ""}`),
+    number(result.reward_mean), number(result.num_prompts), number(result.samples_per_prompt), number(result.response_tokens_mean), result.actor_id,
+  ];
+  fill($("evaluation-list"),
+    ["version", "at", ...ks.map((k) => `pass@${k}`), "reward, mean", "prompts", "samples of each", "tokens, mean", "by"],
+    results.slice(-EVALUATIONS).reverse().map(line));
+  write($("evaluation-note"), running.map((claim) => `${claim.actor_id} evaluates version ${number(claim.version)}, for ${seconds(claim.age_s)}. `).join(""));
 }

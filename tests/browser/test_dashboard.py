@@ -9,6 +9,8 @@ from pydantic import SecretStr
 
 from buffer.client import HttpTable
 from buffer.connection import ServiceClient
+from buffer.evaluations import EvaluationClaim
+from buffer.evaluations_client import HttpEvaluations
 from buffer.table import SampleRequest
 from buffer.wire import Heartbeat, LearnerReport, Load
 from services.context import ServiceSettings
@@ -16,6 +18,7 @@ from services.security import TokenSettings
 from tests.browser.conftest import Tab
 from tests.factories import make_group, make_trajectory
 from tests.services.live import DEMO_MODEL, PublishingTable, ServeProcess, make_context, serving
+from tests.services.test_evaluations import result
 from tests.services.trained import make_trained
 
 METRICS = {
@@ -51,6 +54,10 @@ def fill(client: ServiceClient) -> None:
         loads=loads,
     )
     client.heartbeat("actor-7", beat)
+    evaluations = HttpEvaluations(client)
+    lease = EvaluationClaim(actor_id="actor-7", version=3, every_updates=10, lease_s=60.0)
+    assert evaluations.claim(lease).granted
+    evaluations.record(result(3, actor_id="actor-7", pass_1=0.5))
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +86,8 @@ def test_page_shows_the_numbers_of_the_run_without_a_complaint(service: ServePro
     assert "Of 3 groups" in verdicts
     assert "reward, last batch 0.625" in tab.text("#tiles")
     assert "accepted 3" in tab.text("#outcomes")
+    assert tab.text("#evaluation-list").startswith("version at pass@1 pass@2 reward, mean prompts samples of each")
+    assert tab.text("#evaluation-list").endswith("50 % ± 10 % 100 % 0.5 2 2 3 actor-7")
     assert tab.text("#uses") == "0 2 1 1"
     assert "4 – 15 100 % 1.5" in tab.text("#buckets")
     assert "actor-7 waiting admission 3 0 77 3" in tab.text("#actor-list")

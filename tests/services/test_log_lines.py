@@ -3,9 +3,10 @@
 import json
 import logging
 
+import httpx
 import pytest
 
-from buffer.request_id import request_scope
+from buffer.request_id import HEADER, request_scope
 from services.log_lines import JsonLines, PlainLines
 from tests.services.live import stalewise
 
@@ -33,7 +34,7 @@ def test_json_line_has_run_request_and_subject() -> None:
     assert "\n" not in line
 
 
-def test_plain_line_is_one_line_too(caplog: pytest.LogCaptureFixture) -> None:
+def test_plain_line_is_one_line_too() -> None:
     line = PlainLines("demo").format(record("a\nb", version=0))
 
     assert line.endswith(r"WARNING a.b [run=demo version=0]: a\nb")
@@ -49,6 +50,18 @@ def test_exceptions_stay_on_the_line() -> None:
 
     assert "\n" not in PlainLines("demo").format(made)
     assert json.loads(JsonLines("demo").format(made))["exception"].endswith("ValueError: first\nsecond")
+
+
+def test_service_says_who_sent_nonsense_under_the_request_s_id(
+    http: httpx.Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.handler.setFormatter(JsonLines("demo"))
+    body = {"schema": 1, "groups": [{"group_id": "bad"}, {"group_id": "worse"}]}
+    http.post("/v1/groups", json=body, headers={HEADER: "r-2"})
+
+    line = json.loads(caplog.text.splitlines()[0])
+    assert (line["group_id"], line["request_id"], line["run_id"]) == ("bad", "r-2", "demo")
+    assert line["message"].startswith("2 of 2 are refused, the first as invalid: ")
 
 
 def test_processes_write_the_chosen_format_from_their_settings_on() -> None:

@@ -8,11 +8,13 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from buffer.evaluations import EvaluationClaim
 from buffer.table import SampleRequest
 from buffer.wire import Heartbeat, LearnerReport, Load
 from services.context import ServiceContext
 from tests.factories import PAYLOAD, make_group, make_manifest
 from tests.services.live import make_context, serving
+from tests.services.test_evaluations import result
 
 MANUAL = Path(__file__).parents[2] / "docs" / "metrics.md"
 
@@ -27,6 +29,9 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServiceC
     context.table.advance_version(3)
     context.table.insert([make_group(name, version=version) for name, version in (("a", 0), ("b", 2), ("c", 3))])
     assert context.table.sample(SampleRequest(num_groups=1, learner_version=3, request_id="r"))
+    lease = EvaluationClaim(actor_id="a", version=3, every_updates=10, lease_s=60.0)
+    assert context.evaluations.claim(lease).granted
+    context.evaluations.record(result(3, pass_1=0.75))
     report = LearnerReport(updates=4, version=4, metrics={"reward/mean": 0.5, "k3/nats_mean": 0.25})
     context.presence.report(report)
     loads = (Load(version=2, publish_to_loaded_s=0.75),)
@@ -67,6 +72,8 @@ def test_values_are_those_of_the_statistics(scraped: tuple[ServiceContext, str])
         ("stalewise_actor_lag_updates", "a"): 1,
         ("stalewise_actor_state", "a,generating"): 1,
         ("stalewise_actor_publish_to_loaded_seconds", "a"): 0.75,
+        ("stalewise_evaluation_pass_at", "1"): 0.75,
+        ("stalewise_evaluation_best_version", ""): 3,
         ("stalewise_limiter_waiting_seconds", "learner"): 0,
         ("stalewise_store_disk_total_bytes", ""): 3,
     }
