@@ -66,7 +66,7 @@ def test_service_says_who_sent_nonsense_under_the_request_s_id(
 
 def test_processes_write_the_chosen_format_from_their_settings_on() -> None:
     options = ("log.format=json", "run.name=demo", "service.host=203.0.113.1", "service.tokens.admin=long-enough")
-    ended = stalewise("serve", *(part for option in options for part in ("--set", option)))
+    ended = stalewise("serve", *(part for option in options for part in ("--set", option)), timeout_s=110)
 
     lines = [json.loads(line) for line in ended.stderr.splitlines()[:-1]]  # the last one is the error itself
     assert {line["run_id"] for line in lines} == {"demo"}
