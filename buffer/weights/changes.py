@@ -31,7 +31,7 @@ BLOCK_VALUES: Final = 1 << 22
 """Values a block: few enough that its temporaries are small, enough that the tables of zstd do not count."""
 UNCHANGED, GAPS, MASK, RAW = range(4)
 _SCAN_VALUES: Final = 1 << 18  # compared at a time: the result of the comparison stays in the cache
-_SPARSE_ONE_IN: Final = 16  # below one change in 16 values gaps beat mask and raw
+_SPARSE_ONE_IN: Final = 8  # below one change in 8 values gaps are as short as a mask, and raw never pays
 _STORED, _ZSTD = range(2)
 _RECORD: Final = struct.Struct("<BI")
 _STREAM: Final = struct.Struct("<BII")
