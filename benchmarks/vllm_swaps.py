@@ -1,6 +1,6 @@
 """Weight swaps under load in vLLM: how long a load pauses generation, in process or on a server.
 
-    OMP_NUM_THREADS=1 PYTHONPATH=. .venv-vllm/bin/python benchmarks/vllm_swaps.py --mode remote --swaps 30
+    OMP_NUM_THREADS=1 .venv-vllm/bin/python -m benchmarks.vllm_swaps --mode remote --swaps 24
 
 Requests run all the time; every version is fetched while they run, by delta, and loaded in mid-generation.
 """

@@ -142,12 +142,15 @@ class RemoteVllmEngine:
         Requests in flight wait and go on, their KV recomputed. After an error the server's weights have no version
         until another load succeeds.
         """
-        self._version = -1
-        if self._fetched_dir:
-            self._switch(self._adapters.new(manifest.version, self._fetched_dir))
-        else:
-            self._replace(manifest.version)
-        self._version = manifest.version
+        try:
+            if self._fetched_dir:
+                self._switch(self._adapters.new(manifest.version, self._fetched_dir))
+            else:
+                self._replace(manifest.version)
+        except BaseException:
+            self._version = -1
+            raise
+        self._version = manifest.version  # only now: requests that begin meanwhile wait in the server
 
     def score(self, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """Return the log-probs [N - 1] of token_ids[1:] at temperature 1. Raises InvalidRequest, EngineUnreachable."""
