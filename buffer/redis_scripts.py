@@ -1,15 +1,14 @@
 """The Lua scripts of one table shard and its keys: how they are run, and what their failures mean."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
 import msgpack
 import redis
 
-from buffer.errors import StoreUnavailable
+from buffer.redis_client import RedisClient, store_errors
 
 _NAMES = ("insert", "hold", "sample", "advance", "tidy", "browse", "priorities", "pin")
 
@@ -27,7 +26,7 @@ class RedisScripts:
     """Runs scripts on the keys below `prefix`, with the settings and the time that each of them reads."""
 
     def __init__(
-        self, client: redis.Redis, prefix: str, settings: Mapping[str, object], clock: Callable[[], float]
+        self, client: RedisClient, prefix: str, settings: Mapping[str, object], clock: Callable[[], float]
     ) -> None:
         self._client, self._prefix, self._clock = client, prefix, clock
         self._settings: bytes = msgpack.packb(settings)
@@ -48,26 +47,33 @@ class RedisScripts:
             return []
         digest, source = self._sources[name]
         with store_errors():
-            pipeline: Any = self._client.pipeline(transaction=False)
-            for key, value in (values or {}).items():
-                pipeline.set(key, value, ex=VALUE_LIFE_S)
-            for call in calls:
-                # the method of this name is closed to pipelines on a cluster, although all keys are on one node of it
-                pipeline.execute_command("EVALSHA", digest, 1, self._prefix, self._settings, repr(self._clock()), *call)
-            answers: list[Any] = pipeline.execute(raise_on_error=False)
-            for refused in answers[: len(values or {})]:
-                if isinstance(refused, Exception):
-                    raise refused
-            del answers[: len(values or {})]
+            answers = self._execute([("EVALSHA", digest, call) for call in calls], values or {})
             unknown = [i for i, answer in enumerate(answers) if isinstance(answer, redis.exceptions.NoScriptError)]
-            if unknown:
-                self._client.script_load(source)
-                for i, answer in zip(unknown, self.run(name, [calls[i] for i in unknown]), strict=True):
+            if unknown:  # the first one carries the script to the node that lacks it: other nodes may be away
+                first, *others = [calls[i] for i in unknown]
+                again = self._execute([("EVAL", source, first), *(("EVALSHA", digest, call) for call in others)], {})
+                for i, answer in zip(unknown, again, strict=True):
                     answers[i] = answer
             for answer in answers:
                 if isinstance(answer, Exception):
                     raise answer
         return answers
+
+    def _execute(
+        self, commands: Sequence[tuple[str, str, Sequence[str | bytes]]], values: Mapping[str, bytes]
+    ) -> list[Any]:
+        """Set the values, run {command, script or its digest, arguments}: one round trip, answers or errors of each."""
+        pipeline: Any = self._client.pipeline(transaction=False)
+        for key, value in values.items():
+            pipeline.set(key, value, ex=VALUE_LIFE_S)
+        for command, script, arguments in commands:
+            # the methods of these names are closed to pipelines on a cluster, although all keys are on one node of it
+            pipeline.execute_command(command, script, 1, self._prefix, self._settings, repr(self._clock()), *arguments)
+        answers: list[Any] = pipeline.execute(raise_on_error=False)
+        for refused in answers[: len(values)]:
+            if isinstance(refused, Exception):
+                raise refused
+        return answers[len(values) :]
 
 
 def _script(name: str) -> tuple[str, str]:
@@ -75,27 +81,3 @@ def _script(name: str) -> tuple[str, str]:
     folder = files("buffer") / "lua"
     source = "".join((folder / f"{part}.lua").read_text() for part in ("common", "weighting", name, "finish"))
     return hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest(), source
-
-
-@contextmanager
-def store_errors() -> Iterator[None]:
-    """Turn what Redis refuses, or that it is away, into StoreUnavailable; errors of our own scripts pass."""
-    try:
-        yield
-    except redis.exceptions.BusyLoadingError as error:
-        raise StoreUnavailable("Redis is still loading its data", hint="try again in a moment") from error
-    except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
-        raise StoreUnavailable(f"Redis does not answer: {error}", hint="check that it runs, then try again") from error
-    except redis.exceptions.ResponseError as error:
-        for sign, (detail, hint) in _REFUSALS.items():
-            if sign in str(error):
-                raise StoreUnavailable(detail, hint=hint) from error
-        raise
-
-
-_REFUSALS = {
-    "used memory > 'maxmemory'": ("Redis is out of memory", "raise its maxmemory, or lower table.capacity_bytes"),
-    "GONE": ("Redis was away between a group and its insert", "try again"),
-    "MISCONF": ("Redis cannot write to its disk", "free disk space, then try again"),
-    "READONLY": ("this Redis is a read-only replica", "connect to the primary"),
-}

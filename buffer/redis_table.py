@@ -8,7 +8,6 @@ from operator import itemgetter
 from typing import Any
 
 import msgpack
-import redis
 
 from buffer.browsing import GroupPage, GroupQuery, GroupSummary
 from buffer.codec import encode_group, encode_trajectory, read_group, record_hash
@@ -19,7 +18,8 @@ from buffer.parts import envelope_bytes, fields_of, group_of, judge_late, limit_
 from buffer.prompts import PromptPage, check_page, counts_of, prompt_page
 from buffer.rate_limiter import RateLimiterSettings, check_request, check_settings
 from buffer.redis_answers import DrawnEntry, chunks_of, prompt_counts_of, stats_of, summary_of
-from buffer.redis_scripts import RedisScripts, shard_prefix, store_errors
+from buffer.redis_client import RedisClient, store_errors
+from buffer.redis_scripts import RedisScripts, shard_prefix
 from buffer.selectors import check_weighting, draw_lots, num_fresh, rest_of
 from buffer.sharding import Opening
 from buffer.table import PriorityUpdate, SampleRequest, TableSettings, TableStats
@@ -48,7 +48,7 @@ class RedisTable:
 
     def __init__(
         self,
-        client: redis.Redis,
+        client: RedisClient,
         settings: TableSettings,
         limiter: RateLimiterSettings,
         run_id: str,

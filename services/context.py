@@ -27,6 +27,9 @@ class ServiceSettings(Settings):
     """Address to bind. Anything but loopback needs tokens."""
     port: Annotated[int, Field(ge=0, le=65_535)] = 8642
     """TCP port; 0 takes a free one, which the run's service.json names."""
+    workers: Annotated[int, Field(ge=1, le=64)] = 1
+    """Processes that answer requests, on one port. More than one help when one keeps a core busy and there are others
+    for them, one for Redis included; docs/scaling.md has the cost per group."""
     url: str | None = None
     """Where learner, actors and `stats` find the service. None = the run's service.json, else host and port."""
     redis_url: str | None = None

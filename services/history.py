@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any, Protocol
 
-import redis
 from pydantic import FiniteFloat
 
 from buffer.errors import StoreUnavailable
-from buffer.redis_scripts import store_errors
+from buffer.redis_client import RedisClient, store_errors
 from buffer.types import Record
 from buffer.wire import ServiceStats
 
@@ -128,7 +127,7 @@ class RedisHistory:
 
     def __init__(
         self,
-        client: "redis.Redis",
+        client: RedisClient,
         *,
         prefix: str,
         clock: Callable[[], float] = time.time,

@@ -8,6 +8,7 @@ import redis
 from pydantic import FiniteFloat
 
 from buffer.errors import StoreUnavailable
+from buffer.redis_client import RedisClient
 from buffer.types import Record
 from buffer.wire import ActorStatus, Heartbeat, LearnerProgress, LearnerReport, LearnerStatus
 
@@ -65,7 +66,7 @@ class MemoryBoard:
 class RedisBoard:
     """A Board in one Redis hash, name -> note."""
 
-    def __init__(self, client: "redis.Redis", *, key: str) -> None:
+    def __init__(self, client: RedisClient, *, key: str) -> None:
         self._redis = client
         self._key = key
 
@@ -73,7 +74,7 @@ class RedisBoard:
         """See Board. Raises StoreUnavailable."""
         try:
             self._redis.hset(self._key, name, note)
-        except redis.RedisError as error:
+        except (redis.RedisError, redis.exceptions.RedisClusterException) as error:
             raise _unavailable(error) from error
 
     def claim(self, name: str, note: str) -> bool:
@@ -87,7 +88,7 @@ class RedisBoard:
         """See Board. Raises StoreUnavailable."""
         try:
             stored = self._redis.hgetall(self._key)
-        except redis.RedisError as error:
+        except (redis.RedisError, redis.exceptions.RedisClusterException) as error:
             raise _unavailable(error) from error
         return {_text(name): _text(note) for name, note in stored.items()}
 
@@ -95,7 +96,7 @@ class RedisBoard:
         """See Board. Raises StoreUnavailable."""
         try:
             self._redis.hdel(self._key, *names)
-        except redis.RedisError as error:
+        except (redis.RedisError, redis.exceptions.RedisClusterException) as error:
             raise _unavailable(error) from error
 
 
@@ -149,5 +150,5 @@ def _text(value: bytes | str) -> str:
     return value.decode() if isinstance(value, bytes) else value
 
 
-def _unavailable(error: redis.RedisError) -> StoreUnavailable:
+def _unavailable(error: Exception) -> StoreUnavailable:
     return StoreUnavailable(f"redis does not answer: {error}", hint="check that Redis runs and has memory and disk")

@@ -1,61 +1,44 @@
-"""`stalewise serve`: one process that owns a run's buffer and weights, from start to a clean drain.
+"""`stalewise serve`: what owns a run's buffer and weights, from start to a clean drain.
 
 | loop | waits for | produces | unblocked by | on shutdown |
 |---|---|---|---|---|
-| server | requests | answers | callers | stops listening, ends waiting requests, finishes the rest, stops Redis |
-| janitor (janitor.py) | a tick | removals of what is overdue | the clock | nothing |
-| history (history.py) | a tick | a point of the charts | the clock | nothing |
+| server (http_server.py) | requests | answers | callers | stops listening, ends waiting requests, finishes the rest |
+| supervisor (workers.py) | the end of a worker | another worker | the kernel | ends all workers |
+| housekeeping (housekeeping.py) | ticks | what is due by the clock | the clock | nothing; then Redis is stopped |
 """
 
-import asyncio
 import errno
 import logging
 import signal
 import socket
 import tempfile
-from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
-
-import redis
-import uvicorn
-from starlette.types import ASGIApp
 
 from buffer.errors import InvalidSettings, StoreUnavailable
 from buffer.heap import keep_freed_memory
-from buffer.redis_scripts import shard_prefix
-from buffer.redis_server import check_promises, connect, redis_server
-from buffer.redis_shards import claim_shards, open_table
-from buffer.weights.directory_store import DirectoryWeightStore
+from buffer.redis_client import RedisClient, check_promises, connect
+from buffer.redis_server import redis_server
+from buffer.redis_shards import claim_shards
 from services.address import remove_address, write_address
+from services.assembly import assemble, take_up
 from services.context import ServiceContext
-from services.evaluations import BoardEvaluations
-from services.history import RedisHistory, keep_history, observe
-from services.janitor import keep_tidy
-from services.presence import Presence, RedisBoard
+from services.housekeeping import keeping_house
+from services.http_server import HttpServer, stopped_by
 from services.replay_api import create_app
 from services.security import Guard, check_bind
 from services.settings import RunConfig, log_settings
-from services.stats import service_stats, store_status
-from services.token_text import TokenTextReader
-from services.trained_ring import RedisTrainedRing
+from services.workers import Workers
 
 log = logging.getLogger(__name__)
-
-_KEEP_ALIVE_S = 75
-"""Longer than any client keeps an idle connection, so that the client closes it and no request meets a closed one."""
-_REDIS_CHECK_S = 1.0
-_REDIS_DEAD_AFTER = 3
-"""Failed checks in a row after which our own Redis is dead; a supervisor then starts service and Redis anew."""
 
 
 def run_service(config: RunConfig) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Raises InvalidSettings (a port in use, no token on an open bind, a directory that cannot be written, a Redis that
-    promises too little) and StoreUnavailable (Redis does not answer, or our own one died).
+    promises too little), StoreUnavailable (Redis does not answer, or our own one died) and ChildFailed (workers die).
     """
     keep_freed_memory()
     service, directory = config.service, config.run.directory
@@ -66,18 +49,53 @@ def run_service(config: RunConfig) -> None:
         _make_directory(directory)
         redis_url = service.redis_url or stack.enter_context(redis_server(directory / "redis", config.redis))
         client = stack.enter_context(connect(redis_url))
-        context = _context(config, client)
-        server = _Server(
-            create_app(context, Guard(service.tokens)),
-            context=context,
-            redis_client=client if service.redis_url is None else None,
-        )
-        url = _url(listener)
-        with server.stopped_by_signals():
-            server.run_on(listener, on_listening=lambda: _announce(directory, url))
-        remove_address(directory)
-        server.raise_failure()
+        promises = check_promises(client, config.redis)
+        claim_shards(client, config.table.shards, config.run.name)
+        context = assemble(config, client, promises)
+        take_up(context)
+        own_redis = client if service.redis_url is None else None
+        try:
+            _Service(context, own_redis, url=_url(listener), directory=directory).run(config, redis_url, listener)
+        finally:
+            remove_address(directory)
     log.info("the service has ended")
+
+
+class _Service:
+    """One run of the service, by this process alone or by workers; this one keeps house in both cases."""
+
+    def __init__(self, context: ServiceContext, own_redis: RedisClient | None, *, url: str, directory: Path) -> None:
+        self._context, self._own_redis = context, own_redis
+        self._url, self._directory = url, directory
+        self._failure: StoreUnavailable | None = None
+        self._stop: Callable[[], None] | None = None
+
+    def run(self, config: RunConfig, redis_url: str, listener: socket.socket) -> None:
+        """Serve until a signal. Raises StoreUnavailable when our own Redis has died, ChildFailed when workers die."""
+        if config.service.workers == 1:
+            server = HttpServer(create_app(self._context, Guard(config.service.tokens)), self._context)
+            self._stop = server.stop
+            with stopped_by(server.stop, signal.SIGTERM, signal.SIGINT):
+                server.run_on(listener, on_listening=self._announce, beside=self._keeping_house)
+        else:
+            workers = Workers(config, redis_url, self._context.promises(), listener)
+            self._stop = workers.stop
+            with stopped_by(workers.stop, signal.SIGTERM, signal.SIGINT):
+                workers.run(on_listening=self._announce, beside=self._keeping_house)
+        if self._failure is not None:
+            raise self._failure
+
+    def _keeping_house(self) -> AbstractAsyncContextManager[None]:
+        return keeping_house(self._context, self._own_redis, fail=self._fail)
+
+    def _fail(self, failure: StoreUnavailable) -> None:
+        assert self._stop is not None, "run was called"
+        self._failure = failure
+        self._stop()
+
+    def _announce(self) -> None:
+        write_address(self._directory, self._url)
+        log.info("serving on %s", self._url)
 
 
 def _make_directory(directory: Path) -> None:
@@ -89,134 +107,6 @@ def _make_directory(directory: Path) -> None:
         raise InvalidSettings(
             f"the run's directory {directory} cannot be written: {error.strerror}", hint="set run.runs_dir"
         ) from error
-
-
-def _context(config: RunConfig, client: redis.Redis) -> ServiceContext:
-    run_id = config.run.name
-    promises = check_promises(client, config.redis)
-    claim_shards(client, config.table.shards, run_id)
-    table = open_table(client, config.table, config.limiter, run_id)
-    weights = DirectoryWeightStore(config.run.directory / "weights", settings=config.weights)
-    latest = weights.latest()
-    if latest is not None:
-        if latest.run_id != run_id:
-            raise InvalidSettings(
-                f"{config.run.directory} holds weights of run {latest.run_id}, not {run_id}",
-                hint="set run.name or run.runs_dir",
-            )
-        table.advance_version(latest.version)  # a service that died between manifest and table
-    first = shard_prefix(run_id, 0)
-    return ServiceContext(
-        run_id=run_id,
-        settings=config.service,
-        table=table,
-        table_settings=config.table,
-        limiter_settings=config.limiter,
-        weights=weights,
-        presence=Presence(RedisBoard(client, key=first + "presence")),
-        history=RedisHistory(client, prefix=first + "history:"),
-        trained=RedisTrainedRing(client, prefix=first + "trained:"),
-        token_texts=TokenTextReader(config.run.model).texts,
-        store=partial(store_status, client, config.run.directory),
-        evaluations=BoardEvaluations(RedisBoard(client, key=first + "evaluations"), weights),
-        promises=lambda: promises,
-    )
-
-
-class _Uvicorn(uvicorn.Server):
-    """Uvicorn without its signal handlers, which would kill the process after the drain."""
-
-    @contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        """Leave the signals to _Server."""
-        yield
-
-
-class _Server:
-    """Uvicorn with our signals: it drains, says so to requests that wait, and returns to its caller."""
-
-    def __init__(self, app: ASGIApp, *, context: ServiceContext, redis_client: "redis.Redis | None") -> None:
-        self._uvicorn = _Uvicorn(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                timeout_keep_alive=_KEEP_ALIVE_S,
-                timeout_graceful_shutdown=round(context.settings.drain_s),
-            )
-        )
-        self._context = context
-        self._closing = context.closing
-        self._redis = redis_client
-        self._failure: StoreUnavailable | None = None
-
-    def run_on(self, listener: socket.socket, *, on_listening: Callable[[], None]) -> None:
-        """Serve on a bound socket until told to stop; `on_listening` is called once requests are answered."""
-        asyncio.run(self._serve(listener, on_listening))
-
-    def raise_failure(self) -> None:
-        """Raise what ended the service, if not a signal."""
-        if self._failure is not None:
-            raise self._failure
-
-    @contextmanager
-    def stopped_by_signals(self) -> Iterator[None]:
-        """Drain at SIGTERM or SIGINT within this block; drop running requests at the second one."""
-        before = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        self._uvicorn.force_exit = self._closing.is_set()
-        self._closing.set()
-        self._uvicorn.should_exit = True
-
-    async def _serve(self, listener: socket.socket, on_listening: Callable[[], None]) -> None:
-        serving = asyncio.create_task(self._uvicorn.serve([listener]))
-        while not self._uvicorn.started:
-            if serving.done():
-                return await serving  # it raises what went wrong
-            await asyncio.sleep(0.01)
-        on_listening()
-        watching = asyncio.create_task(self._watch_redis())
-        tick_s = self._context.settings.janitor_tick_s
-        context = self._context
-        remembering = asyncio.create_task(keep_history(context.history, lambda: observe(service_stats(context))))
-        tidying = asyncio.create_task(keep_tidy(self._context.table, tick_s=tick_s))
-        try:
-            await serving
-        finally:
-            watching.cancel()
-            tidying.cancel()
-            remembering.cancel()
-
-    async def _watch_redis(self) -> None:
-        """End the service when our own Redis has died: nobody else would start it again."""
-        failures = 0
-        while self._redis is not None:
-            await asyncio.sleep(_REDIS_CHECK_S)
-            try:
-                await asyncio.to_thread(self._redis.ping)
-                failures = 0
-            except redis.exceptions.TimeoutError:
-                continue  # busy is not dead
-            except redis.exceptions.ConnectionError as error:
-                failures += 1
-                if failures == _REDIS_DEAD_AFTER:
-                    self._failure = StoreUnavailable(f"our own Redis has died: {error}", hint="start the service again")
-                    self._closing.set()
-                    self._uvicorn.should_exit = True
-                    return
-
-
-def _announce(directory: Path, url: str) -> None:
-    write_address(directory, url)
-    log.info("serving on %s", url)
 
 
 @contextmanager

@@ -4,18 +4,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import redis
-
-from buffer.redis_scripts import store_errors
+from buffer.redis_client import RedisClient, nodes_of, store_errors
 from buffer.types import LimiterState
 from buffer.wire import LimiterStatus, Limits, RunInfo, ServiceStats, StoreStatus
 from services.context import ServiceContext
 
 
-def store_status(client: "redis.Redis", directory: Path) -> StoreStatus:
-    """Ask Redis for its memory and the system for the disk of `directory`. Raises StoreUnavailable."""
+def store_status(client: RedisClient, directory: Path) -> StoreStatus:
+    """Ask Redis for its memory and the system for the disk of `directory`. Raises StoreUnavailable.
+
+    Of a cluster, the numbers are those of the node that is closest to its limit.
+    """
     with store_errors():
-        memory: Any = client.info("memory")
+        memories: list[Any] = [node.info("memory") for node in nodes_of(client).values()]
+    memory = max(memories, key=lambda memory: memory["used_memory"] / (memory["maxmemory"] or float("inf")))
     disk = shutil.disk_usage(directory)
     return StoreStatus(
         memory_bytes=memory["used_memory"],

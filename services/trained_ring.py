@@ -4,10 +4,8 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any, Protocol
 
-import redis
-
 from buffer.errors import NotFound
-from buffer.redis_scripts import store_errors
+from buffer.redis_client import RedisClient, store_errors
 from buffer.trained import MAX_TRAINED_GROUPS, TrainedGroup, TrainedSummary
 from buffer.wire import MSGPACK, decode, encode
 
@@ -62,7 +60,7 @@ class MemoryTrainedRing:
 class RedisTrainedRing:
     """A TrainedRing in Redis; the header of lua/keep_trained.lua is the schema of the keys below `prefix`."""
 
-    def __init__(self, client: "redis.Redis", *, prefix: str) -> None:
+    def __init__(self, client: RedisClient, *, prefix: str) -> None:
         self._redis = client
         self._order, self._bodies, self._summaries = f"{prefix}order", f"{prefix}bodies", f"{prefix}summaries"
         self._keep = client.register_script((files("services") / "lua" / "keep_trained.lua").read_text())

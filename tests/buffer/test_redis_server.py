@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import redis
 
 from buffer.codec import encode_group
 from buffer.errors import InvalidSettings, StoreUnavailable
 from buffer.rate_limiter import RateLimiterSettings
-from buffer.redis_server import RedisSettings, check_promises, connect, redis_server
+from buffer.redis_client import RedisClient, check_promises, connect
+from buffer.redis_server import RedisSettings, redis_server
 from buffer.redis_table import RedisTable
 from buffer.table import TableSettings
 from tests.factories import RUN_ID, make_group
@@ -56,7 +56,7 @@ def start(script: str, *arguments: str) -> "subprocess.Popen[str]":
     return subprocess.Popen([sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE, text=True)
 
 
-def pid_of(client: redis.Redis) -> int:
+def pid_of(client: RedisClient) -> int:
     info: Any = client.info("server")
     return int(info["process_id"])
 

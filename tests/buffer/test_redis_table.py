@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import redis
 
 from buffer.browsing import GroupQuery
 from buffer.errors import StoreUnavailable
 from buffer.rate_limiter import RateLimiterSettings
-from buffer.redis_server import RedisSettings, connect, redis_server
+from buffer.redis_client import RedisClient, connect
+from buffer.redis_server import RedisSettings, redis_server
 from buffer.redis_table import RedisTable
 from buffer.selectors import Fifo, Weighted
 from buffer.table import SampleRequest, TableSettings
@@ -29,13 +29,13 @@ OPEN = RateLimiterSettings(min_size=1, error_buffer=1e9)
 
 
 @pytest.fixture
-def client(redis_url: str) -> redis.Redis:
+def client(redis_url: str) -> RedisClient:
     client = connect(redis_url)
     client.flushdb()
     return client
 
 
-def open_table(client: redis.Redis, settings: TableSettings | None = None, *, run_id: str = RUN_ID) -> RedisTable:
+def open_table(client: RedisClient, settings: TableSettings | None = None, *, run_id: str = RUN_ID) -> RedisTable:
     table = RedisTable(client, settings or TableSettings(), OPEN, run_id)
     table.advance_version(0)
     return table
@@ -45,7 +45,7 @@ def request(request_id: str) -> SampleRequest:
     return SampleRequest(num_groups=1, learner_version=0, request_id=request_id)
 
 
-def test_full_memory_refuses_inserts_whole_and_lets_the_learner_make_room(client: redis.Redis) -> None:
+def test_full_memory_refuses_inserts_whole_and_lets_the_learner_make_room(client: RedisClient) -> None:
     table = open_table(client, TableSettings(reuse_limit=1))
     table.insert([make_group("a"), make_group("b")])
     before = client.hgetall(f"sw:{{{RUN_ID}:0}}:stats")
@@ -73,7 +73,7 @@ def test_full_memory_refuses_inserts_whole_and_lets_the_learner_make_room(client
     "weighting",
     [None, RankWeighting(cool_down_updates=9), DifficultyWeighting(), RecencyWeighting(half_life_updates=1)],
 )
-def test_every_key_of_a_run_is_described_in_the_schema(client: redis.Redis, weighting: Weighting | None) -> None:
+def test_every_key_of_a_run_is_described_in_the_schema(client: RedisClient, weighting: Weighting | None) -> None:
     table = open_table(client, TableSettings(weighting=weighting))
     table.insert([make_group("a"), make_group("b"), make_group("e", split=Split.EVAL)])
     selector = Fifo() if weighting is None else Weighted(by=weighting.by)
@@ -115,7 +115,7 @@ def test_lost_server_is_store_unavailable_for_every_call(tmp_path: Path) -> None
             call()
 
 
-def test_scripts_are_loaded_again_after_redis_forgot_them(client: redis.Redis) -> None:
+def test_scripts_are_loaded_again_after_redis_forgot_them(client: RedisClient) -> None:
     table = open_table(client)
     table.insert([make_group("a")])
 
@@ -127,7 +127,7 @@ def test_scripts_are_loaded_again_after_redis_forgot_them(client: redis.Redis) -
     assert len(table.sample(request("r"))) == 1
 
 
-def test_two_runs_on_one_redis_do_not_meet(client: redis.Redis) -> None:
+def test_two_runs_on_one_redis_do_not_meet(client: RedisClient) -> None:
     one, other = open_table(client, run_id="one"), open_table(client, run_id="other")
 
     one.insert([make_group("a", run_id="one")])
@@ -135,7 +135,7 @@ def test_two_runs_on_one_redis_do_not_meet(client: redis.Redis) -> None:
     assert (one.stats().num_groups, other.stats().num_groups) == (1, 0)
 
 
-def test_all_keys_of_a_table_share_one_hash_slot_and_nothing_stays_of_removed_groups(client: redis.Redis) -> None:
+def test_all_keys_of_a_table_share_one_hash_slot_and_nothing_stays_of_removed_groups(client: RedisClient) -> None:
     table = open_table(client, TableSettings(reuse_limit=1, repeat_window_s=0.001, max_age_updates=0))
     table.insert([make_group(f"g{i}", prompt_id=f"p{i % 3}") for i in range(20)])
     for i in range(10):
@@ -149,7 +149,7 @@ def test_all_keys_of_a_table_share_one_hash_slot_and_nothing_stays_of_removed_gr
     assert lasting == {"stats", "remembered", "remembered_at", "prompts", "prompt_ids", "prompts_seen"}
 
 
-def test_tables_in_two_processes_share_one_draw_history(client: redis.Redis) -> None:
+def test_tables_in_two_processes_share_one_draw_history(client: RedisClient) -> None:
     one, other = open_table(client), open_table(client)
     one.insert([make_group("a"), make_group("b")])
 
@@ -183,7 +183,7 @@ def test_partial_groups_survive_a_kill_of_redis_and_of_the_worker_that_sealed_on
     assert (after.num_partial_groups, after.partial_bytes, after.num_groups) == (0, 0, 2)
 
 
-def test_janitors_of_many_workers_at_once_do_everything_exactly_once(client: redis.Redis, clock: Clock) -> None:
+def test_janitors_of_many_workers_at_once_do_everything_exactly_once(client: RedisClient, clock: Clock) -> None:
     settings = TableSettings(partial_group_timeout_s=10, ttl_s=5)
     tables = [RedisTable(client, settings, OPEN, RUN_ID, clock=clock) for _ in range(4)]
     tables[0].advance_version(0)
@@ -204,7 +204,7 @@ def test_janitors_of_many_workers_at_once_do_everything_exactly_once(client: red
     assert not [key for key in client.scan_iter() if b":partial" in key or key.endswith(b":sealed")]
 
 
-def test_browsing_a_large_table_takes_no_more_steps_than_a_small_one(client: redis.Redis) -> None:
+def test_browsing_a_large_table_takes_no_more_steps_than_a_small_one(client: RedisClient) -> None:
     table = open_table(client)
     table.insert([make_group(f"g{i}") for i in range(5)])
     queries = [GroupQuery(limit=1), GroupQuery(limit=1, prompt_id="p0"), GroupQuery(limit=1, unused=True)]

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import redis
 
 from buffer.browsing import GroupQuery
 from buffer.errors import InvalidRequest, InvalidSettings
 from buffer.prompts import PromptStats
 from buffer.rate_limiter import RateLimiterSettings
-from buffer.redis_server import connect
+from buffer.redis_client import RedisClient, connect
 from buffer.redis_shards import claim_shards, open_table
 from buffer.redis_table import RedisTable
 from buffer.selectors import Fifo, Mix, Selector, Uniform, Weighted
@@ -34,7 +33,7 @@ CHI_SQUARE_11_999 = 31.26
 
 
 @pytest.fixture
-def client(redis_url: str) -> redis.Redis:
+def client(redis_url: str) -> RedisClient:
     client = connect(redis_url)
     client.flushdb()
     return client
@@ -45,7 +44,7 @@ class Sharded:
 
     def __init__(
         self,
-        client: redis.Redis,
+        client: RedisClient,
         *,
         weighting: Weighting | None = None,
         limiter: RateLimiterSettings = OPEN,
@@ -82,7 +81,7 @@ def test_ids_stay_where_they_are_for_ever() -> None:
     assert all(900 < number < 1100 for number in spread.values())
 
 
-def test_each_group_lies_in_the_shard_of_its_id_and_the_counters_add_up(client: redis.Redis) -> None:
+def test_each_group_lies_in_the_shard_of_its_id_and_the_counters_add_up(client: RedisClient) -> None:
     sharded = Sharded(client, limiter=PAIRS)
     first = sharded.table.insert([make_group(name, rewards=(1.0, 0.5)) for name in NAMES])
     again = sharded.table.insert([make_group(name, rewards=(1.0, 0.5)) for name in reversed(NAMES)])
@@ -111,7 +110,7 @@ def test_each_group_lies_in_the_shard_of_its_id_and_the_counters_add_up(client: 
     assert len(set(ids(drawn))) == 2
 
 
-def test_single_groups_are_drawn_as_often_as_their_share_of_all_shards_says(client: redis.Redis) -> None:
+def test_single_groups_are_drawn_as_often_as_their_share_of_all_shards_says(client: RedisClient) -> None:
     sharded = Sharded(client, weighting=PriorityWeighting(exponent=1.0))
     sharded.table.insert([make_group(name) for name in NAMES])
     weights = {name: 1.0 + number for number, name in enumerate(NAMES)}
@@ -132,7 +131,7 @@ def test_single_groups_are_drawn_as_often_as_their_share_of_all_shards_says(clie
     assert sum((weighted[name] - n) ** 2 / n for name, n in expected.items()) < CHI_SQUARE_11_999
 
 
-def test_probability_counts_the_choice_of_the_shard_only_for_what_is_drawn_by_lot(client: redis.Redis) -> None:
+def test_probability_counts_the_choice_of_the_shard_only_for_what_is_drawn_by_lot(client: RedisClient) -> None:
     sharded = Sharded(client, limiter=PAIRS)
     sharded.table.insert([make_group(name) for name in NAMES])
     stored = [shard.stats().num_groups for shard in sharded.shards]
@@ -145,7 +144,7 @@ def test_probability_counts_the_choice_of_the_shard_only_for_what_is_drawn_by_lo
     assert [sample.info.probability for sample in mixed] == [1.0, pytest.approx(1 / (shard - 1) * shard / 12)]
 
 
-def test_recency_is_measured_alike_in_every_shard(client: redis.Redis) -> None:
+def test_recency_is_measured_alike_in_every_shard(client: RedisClient) -> None:
     assert shares([Opening(1.0, 0.0), None, Opening(1.0, 1.0)]) == [1 / 3, 0.0, 2 / 3]
     assert shares([Opening(1.0, -5000.0), Opening(3.0, 5000.0)]) == [0.0, 1.0]
     sharded = Sharded(client, weighting=RecencyWeighting(half_life_updates=1.0))
@@ -159,7 +158,7 @@ def test_recency_is_measured_alike_in_every_shard(client: redis.Redis) -> None:
         assert sample.info.probability == pytest.approx(2**version / total)
 
 
-def test_repeat_is_the_same_draw_for_every_caller_at_once(client: redis.Redis) -> None:
+def test_repeat_is_the_same_draw_for_every_caller_at_once(client: RedisClient) -> None:
     limiter = RateLimiterSettings(samples_per_insert=1.0, min_size=2, error_buffer=2)
     callers = [Sharded(client, limiter=limiter).table for _ in range(4)]
     for number in range(200):  # as many as the limiter of each shard lets in
@@ -179,7 +178,7 @@ def test_repeat_is_the_same_draw_for_every_caller_at_once(client: redis.Redis) -
     assert callers[0].stats().sampled_total == 2 * num_drawn
 
 
-def test_draw_whose_shard_must_wait_goes_to_another_one_for_good(client: redis.Redis) -> None:
+def test_draw_whose_shard_must_wait_goes_to_another_one_for_good(client: RedisClient) -> None:
     limiter = RateLimiterSettings(min_size=1, error_buffer=2)
     sharded = Sharded(client, limiter=limiter)
     asked = request("r", 1, Fifo())
@@ -200,7 +199,7 @@ def test_draw_whose_shard_must_wait_goes_to_another_one_for_good(client: redis.R
     assert sharded.table.stats().sampled_total == 1
 
 
-def test_learner_waits_while_all_shards_make_it_wait_and_actors_while_one_does(client: redis.Redis) -> None:
+def test_learner_waits_while_all_shards_make_it_wait_and_actors_while_one_does(client: RedisClient) -> None:
     clock = Clock()
     sharded = Sharded(client, limiter=RateLimiterSettings(min_size=1, error_buffer=2), clock=clock)
 
@@ -215,7 +214,7 @@ def test_learner_waits_while_all_shards_make_it_wait_and_actors_while_one_does(c
     assert [wait.who for wait in sharded.table.stats().waits] == []
 
 
-def test_pages_hold_every_group_once_and_each_shard_in_its_order(client: redis.Redis) -> None:
+def test_pages_hold_every_group_once_and_each_shard_in_its_order(client: RedisClient) -> None:
     sharded = Sharded(client)
     for name in NAMES:
         sharded.table.insert([make_group(name, prompt_id=f"p{len(name)}")])
@@ -241,7 +240,7 @@ def test_pages_hold_every_group_once_and_each_shard_in_its_order(client: redis.R
     assert sorted(group.group_id for group in stored_groups(sharded.table)) == sorted(everything)
 
 
-def test_prompts_are_added_up_over_the_shards_page_by_page(client: redis.Redis) -> None:
+def test_prompts_are_added_up_over_the_shards_page_by_page(client: RedisClient) -> None:
     sharded = Sharded(client)
     for number, name in enumerate(NAMES):
         sharded.table.insert([make_group(name, prompt_id=f"p{number % 5}", rewards=(1.0, 0.0))])
@@ -257,7 +256,7 @@ def test_prompts_are_added_up_over_the_shards_page_by_page(client: redis.Redis) 
     ]
 
 
-def test_bad_priority_changes_no_shard(client: redis.Redis) -> None:
+def test_bad_priority_changes_no_shard(client: RedisClient) -> None:
     sharded = Sharded(client, weighting=PriorityWeighting(exponent=1.0))
     sharded.table.insert([make_group(name) for name in NAMES])
 
@@ -270,7 +269,7 @@ def test_bad_priority_changes_no_shard(client: redis.Redis) -> None:
     assert (update.updated, update.unknown) == (12, 1)
 
 
-def test_number_of_shards_is_fixed_for_the_life_of_a_run(client: redis.Redis) -> None:
+def test_number_of_shards_is_fixed_for_the_life_of_a_run(client: RedisClient) -> None:
     claim_shards(client, 3, RUN_ID)
     claim_shards(client, 3, RUN_ID)
     open_table(client, TableSettings(), OPEN, "begun-before").advance_version(0)

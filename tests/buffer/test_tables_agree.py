@@ -20,7 +20,7 @@ from buffer.codec import encode_group
 from buffer.errors import InvalidRequest, StalewiseError
 from buffer.memory_table import MemoryTable
 from buffer.rate_limiter import RateLimiterSettings, check_request
-from buffer.redis_server import connect
+from buffer.redis_client import connect
 from buffer.redis_table import RedisTable
 from buffer.selectors import Fifo, Fresh, Lifo, Mix, Selector, Uniform, Weighted
 from buffer.table import SampleRequest, ServedTable, TableSettings

@@ -7,7 +7,7 @@ import pytest
 
 from buffer.memory_table import MemoryTable
 from buffer.rate_limiter import RateLimiterSettings
-from buffer.redis_server import connect
+from buffer.redis_client import connect
 from buffer.redis_table import RedisTable
 from buffer.selectors import Weighted
 from buffer.table import ReplayTable, SampleRequest, TableSettings

@@ -17,7 +17,7 @@ import redis
 from buffer.connection import ServiceClient
 from buffer.memory_table import MemoryTable
 from buffer.rate_limiter import RateLimiterSettings
-from buffer.redis_server import connect
+from buffer.redis_client import connect
 from buffer.redis_table import RedisTable
 from buffer.sharded_table import ShardedTable
 from buffer.table import ServedTable, TableSettings

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from buffer.redis_server import connect
+from buffer.redis_client import connect
 from buffer.wire import Heartbeat, LearnerReport, Load
 from services.history import TICK_S, History, MemoryHistory, Observation, RedisHistory, observe
 from services.stats import service_stats

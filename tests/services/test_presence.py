@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from buffer.errors import StoreUnavailable
-from buffer.redis_server import connect
+from buffer.redis_client import connect
 from buffer.wire import ActorStatus, Heartbeat, LearnerReport, LearnerStatus
 from services.presence import FORGET_AFTER_S, Board, MemoryBoard, Presence, RedisBoard
 from tests.conftest import Clock

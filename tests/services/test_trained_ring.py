@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from buffer.errors import NotFound
-from buffer.redis_server import connect
+from buffer.redis_client import connect
 from buffer.trained import MAX_TRAINED_GROUPS
 from services.trained_ring import MAX_BYTES, MemoryTrainedRing, RedisTrainedRing, TrainedRing
 from tests.services.trained import make_trained
