@@ -12,6 +12,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Options that make the long tests longer than in `make test`; budgets are counted, never timed."""
     parser.addoption("--chaos-kills", type=int, default=5, help="kills of each chaos test (make test-chaos: 100)")
     parser.addoption("--chaos-seed", type=int, default=1, help="whom they hit, and when")
+    parser.addoption("--cluster", action="store_true", help="the tests on a Redis Cluster, too (make test-cluster)")
     parser.addoption("--fuzz-scale", type=float, default=1.0, help="executions of the fuzzers (make test-fuzz: 60)")
 
 

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tests.chaos.clients import Service, draw_next, insert_next, journal_of, publish
-from tests.services.live import ServeProcess, redis_pid
+from tests.services.live import ServeProcess, redis_pid, workers_of
 
 log = logging.getLogger(__name__)
 
 WRITERS = ("left", "middle", "right")
 SAMPLER = "sampler"
-VICTIMS = ("service", "redis", "writer", SAMPLER, "service and redis")
+VICTIMS = ("service", "worker", "redis", "writer", SAMPLER, "service and redis")
 
 
 class Ruin:
@@ -27,6 +27,7 @@ class Ruin:
         self._serve = ServeProcess(
             runs_dir,
             f"redis.appendfsync={appendfsync}",
+            "service.workers=2",
             "limiter.min_size=4",
             "learner.groups_per_update=4",
             "limiter.error_buffer=1e12",
@@ -85,6 +86,11 @@ class Ruin:
             self._clients[name].kill()
             self._clients[name].wait()
             self._clients[name] = self._start(name)
+            return
+        if victim == "worker":
+            while not (workers := sorted(workers_of(self._serve))):  # the service has just been started again
+                time.sleep(0.01)
+            os.kill(rng.choice(workers), signal.SIGKILL)
             return
         if "redis" in victim:
             self._kill_redis()

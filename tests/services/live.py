@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -140,6 +140,16 @@ class ServeProcess:
         if self.process.poll() is None:
             self.process.terminate()
         return self.process.wait(30)
+
+
+def workers_of(serve: ServeProcess) -> set[int]:
+    """Return the processes that the service spawned to answer requests."""
+    workers = set()
+    for pid in Path(f"/proc/{serve.process.pid}/task/{serve.process.pid}/children").read_text().split():
+        with suppress(OSError):  # it ended
+            if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                workers.add(int(pid))
+    return workers
 
 
 def redis_pid(directory: Path) -> int:

@@ -16,7 +16,7 @@ from buffer.client import ClientSettings, HttpTable, ServiceClient
 from buffer.errors import ServiceUnreachable
 from services.address import read_address
 from tests.factories import make_group
-from tests.services.live import NO_RETRY, PublishingTable, ServeProcess
+from tests.services.live import NO_RETRY, PublishingTable, ServeProcess, workers_of
 
 PATIENT = ClientSettings(retry_budget_s=60.0, retry_first_s=0.02, retry_max_s=0.2)
 DRAW = {"num_groups": 1, "learner_version": 0, "request_id": "r", "timeout_s": 120}
@@ -27,13 +27,6 @@ def serve(tmp_path: Path) -> Iterator[ServeProcess]:
     process = ServeProcess(tmp_path, "service.workers=2", "limiter.error_buffer=1e9")
     yield process
     process.stop()
-
-
-def workers_of(serve: ServeProcess) -> set[int]:
-    """Return the processes that the service spawned to answer requests."""
-    pids = Path(f"/proc/{serve.process.pid}/task/{serve.process.pid}/children").read_text().split()
-    commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids}
-    return {pid for pid, command in commands.items() if b"spawn_main" in command}
 
 
 def wait_for_workers(serve: ServeProcess, *, without: set[int]) -> set[int]:
