@@ -21,7 +21,7 @@ from buffer.errors import InvalidSettings, RunMismatch, ServiceUnreachable, Stor
 from buffer.evaluations_client import HttpEvaluations
 from buffer.fingerprint import model_fingerprint
 from buffer.heap import keep_freed_memory
-from buffer.redis_server import connect as connect_to_redis
+from buffer.redis_client import connect as connect_to_redis
 from buffer.redis_shards import open_table
 from buffer.table import SampleRequest, TableStats, Wait
 from buffer.trained import TrainedGroup

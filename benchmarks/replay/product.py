@@ -17,7 +17,8 @@ import redis
 from benchmarks.replay.payloads import RUN_ID
 from buffer.codec import bare_record, encode_group
 from buffer.rate_limiter import RateLimiterSettings
-from buffer.redis_server import RedisSettings, connect, redis_server
+from buffer.redis_client import connect
+from buffer.redis_server import RedisSettings, redis_server
 from buffer.redis_table import RedisTable
 from buffer.table import TableSettings
 from buffer.types import SCHEMA, Group

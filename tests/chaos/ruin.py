@@ -17,17 +17,18 @@ log = logging.getLogger(__name__)
 
 WRITERS = ("left", "middle", "right")
 SAMPLER = "sampler"
-VICTIMS = ("service", "worker", "redis", "writer", SAMPLER, "service and redis")
+VICTIMS = ("service", "redis", "writer", SAMPLER, "service and redis")
 
 
 class Ruin:
     """Real processes in a directory, and the means to kill them. `redis_kills` holds (before, gone) in seconds."""
 
-    def __init__(self, runs_dir: Path, appendfsync: str) -> None:
+    def __init__(self, runs_dir: Path, appendfsync: str, *, workers: int) -> None:
+        self._victims = VICTIMS if workers == 1 else (*VICTIMS, "worker")
         self._serve = ServeProcess(
             runs_dir,
             f"redis.appendfsync={appendfsync}",
-            "service.workers=2",
+            f"service.workers={workers}",
             "limiter.min_size=4",
             "learner.groups_per_update=4",
             "limiter.error_buffer=1e12",
@@ -41,7 +42,7 @@ class Ruin:
 
     def endure(self, kills: int, rng: random.Random) -> None:
         """Kill `kills` times; a Redis or everything at once only while all work, others also while they recover."""
-        for victim in _victims(kills, rng):
+        for victim in _victims(self._victims, kills, rng):
             if "redis" in victim or rng.random() < 0.7:
                 self.wait_for_answers()
             time.sleep(rng.uniform(0.0, 0.3))
@@ -116,10 +117,10 @@ class Ruin:
         return self.directory.parent / f"{name}.log"
 
 
-def _victims(kills: int, rng: random.Random) -> Iterator[str]:
+def _victims(victims: Sequence[str], kills: int, rng: random.Random) -> Iterator[str]:
     """Yield victims in random order, each equally often."""
     order: Sequence[str] = ()
     for kill in range(kills):
-        if kill % len(VICTIMS) == 0:
-            order = rng.sample(VICTIMS, len(VICTIMS))
-        yield order[kill % len(VICTIMS)]
+        if kill % len(victims) == 0:
+            order = rng.sample(victims, len(victims))
+        yield order[kill % len(victims)]

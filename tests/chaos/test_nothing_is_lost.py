@@ -38,8 +38,9 @@ def kills(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture
-def ruin(tmp_path: Path, appendfsync: str) -> Iterator[Ruin]:
-    with closing(Ruin(tmp_path, appendfsync)) as ruin:
+def ruin(tmp_path: Path, appendfsync: str, kills: int) -> Iterator[Ruin]:
+    """Two workers in the long runs; in the short ones their starts would be most of the time."""
+    with closing(Ruin(tmp_path, appendfsync, workers=2 if kills > 10 else 1)) as ruin:
         yield ruin
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from buffer.errors import Conflict, NotFound
 from buffer.evaluations import ClaimAnswer, Evaluation, EvaluationClaim
-from buffer.redis_server import connect
+from buffer.redis_client import connect
 from buffer.types import SamplingSettings
 from buffer.weights.directory_store import DirectoryWeightStore, WeightStoreSettings
 from services.evaluations import KEPT_INTERVALS, MAX_ATTEMPTS, BoardEvaluations

@@ -6,7 +6,7 @@ import pytest
 
 from buffer.connection import ServiceClient
 from buffer.errors import InvalidSettings, StoreUnavailable
-from buffer.redis_server import connect
+from buffer.redis_client import connect
 from buffer.redis_shards import open_table
 from buffer.table import SampleRequest
 from services.learner_service import sample_source
