@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import pytest
 import torch
 
 from learner.collate import collate
@@ -104,3 +105,25 @@ def test_reval_starts_again_from_a_zero_log_ratio_after_each_reset(model_dir: Pa
     assert abs(residuals[1] - residuals[0]) > 1e-4
     assert trainer.reference is not None
     assert trainer.reference.reference_id == "update-6"
+
+
+@pytest.mark.parametrize(("objective", "passes"), [("grpo", [1, 1]), ("reval", [2, 1])])
+def test_a_forward_pass_is_made_only_for_what_the_recipe_asks_and_is_not_known(
+    model_dir: Path, objective: str, passes: list[int]
+) -> None:
+    """One of the policy for each update; one of the reference the first time that it sees a trajectory."""
+    trainer = make_trainer(model_dir, objective=objective)
+    counted = []
+    for _ in range(2):
+        calls = [0]
+        policies = [trainer.policy] + ([] if trainer.reference is None else [trainer.reference.policy])
+        hooks = [
+            policy.model.base_model.register_forward_hook(lambda *_, calls=calls: calls.__setitem__(0, calls[0] + 1))
+            for policy in policies
+        ]
+        trainer.update(collate(plain_samples(0), clock=0))
+        counted.append(calls[0])
+        for hook in hooks:
+            hook.remove()
+
+    assert counted == passes
