@@ -39,6 +39,10 @@ test-chaos: setup
 test-browser: setup
 	CI=true $(BIN)/pytest tests/browser tests/browser/long_look.py -s --timeout=0
 
+# a Redis Cluster of three nodes on loopback, started by the tests; a minute or two
+test-cluster: setup
+	$(BIN)/pytest tests/cluster --cluster --timeout=300 $(ARGS)
+
 # the fuzzers of `make test` with 60 times their executions, about an hour
 test-fuzz: setup
 	$(BIN)/pytest tests/fuzz --fuzz-scale=60 --timeout=0 $(ARGS)
