@@ -9,10 +9,9 @@ from learner.settings import OptimizerSettings
 
 
 def make_optimizer(policy: Policy, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """Build AdamW over all parameters; its lr is set before each step."""
-    return torch.optim.AdamW(
-        policy.model.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
-    )
+    """Build AdamW over all parameters that are trained; its lr is set before each step."""
+    trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
 
 
 def learning_rate(settings: OptimizerSettings, *, updates_done: int, total_updates: int) -> float:

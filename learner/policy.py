@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from buffer.errors import InvalidSettings
+from buffer.weights.manifest import Adapter
 from learner.attention import PACKED_ATTENTION
 from learner.collate import Batch
 from learner.errors import CorruptCheckpoint
@@ -49,12 +50,15 @@ class Forward:
 class Policy:
     """A causal LM whose weights one optimiser moves. Always in evaluation mode: dropout would falsify every ratio."""
 
+    adapter: Adapter | None = None
+    """What the weights mean when they are an adapter's (learner.lora); None = they are all of the model's."""
+
     def __init__(self, model: PreTrainedModel, *, micro_batch_tokens: int, compute: ComputeSettings = FLOAT32) -> None:
         self.model = model.eval()
         self.scorer = Scorer(model, compute)
         """The forward pass: what a wrapper of modules (sharding) must wrap."""
-        self._micro_batch_tokens = micro_batch_tokens
-        self._compute = compute
+        self.micro_batch_tokens = micro_batch_tokens
+        self.compute = compute
 
     @classmethod
     def load(cls, model_dir: Path, *, device: str, micro_batch_tokens: int, compute: ComputeSettings = FLOAT32) -> Self:
@@ -92,7 +96,7 @@ class Policy:
     def frozen_copy(self) -> "Policy":
         """Return a copy without gradients: a reference."""
         model = copy.deepcopy(self.model).requires_grad_(False)
-        return Policy(model, micro_batch_tokens=self._micro_batch_tokens, compute=self._compute)
+        return Policy(model, micro_batch_tokens=self.micro_batch_tokens, compute=self.compute)
 
     def weights(self) -> dict[str, Tensor]:
         """Return views of all weights by checkpoint name, tied ones once."""
@@ -113,7 +117,7 @@ class Policy:
     def micro_batches(self, batch: Batch, rows: Iterable[int]) -> tuple[Tensor, ...]:
         """Split trajectories into sets of at most `micro_batch_tokens` tokens; a longer one is a set of its own."""
         rows = list(rows)
-        bins = pack([int(batch.sequence_lengths[row]) for row in rows], self._micro_batch_tokens)
+        bins = pack([int(batch.sequence_lengths[row]) for row in rows], self.micro_batch_tokens)
         return tuple(torch.tensor(sorted(rows[index] for index in members)) for members in bins)
 
     def forward(self, batch: Batch, wanted: frozenset[Column]) -> Forward:

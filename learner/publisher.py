@@ -20,7 +20,7 @@ from typing import IO
 from buffer.errors import Conflict
 from buffer.types import PolicyVersion
 from buffer.weights.delta import TensorChange, write_delta
-from buffer.weights.manifest import Manifest, Payload, Probe
+from buffer.weights.manifest import Manifest, Payload
 from buffer.weights.mirror import Mirror
 from buffer.weights.plan import Step, Ways
 from buffer.weights.store import WeightStore
@@ -88,7 +88,7 @@ class Publisher:
             self._mirror = Mirror.allocate(values.spec for values in snapshot.tensors)
         created_s = self._unix_time()
         changes = self._mirror.advance(snapshot.tensors, version)
-        self._sending = self._executor.submit(self._send, changes, snapshot.probe, version, created_s)
+        self._sending = self._executor.submit(self._send, changes, snapshot, version, created_s)
 
     def flush(self) -> None:
         """Wait until nothing is on its way. Raises as `begin`."""
@@ -96,7 +96,7 @@ class Publisher:
             sending, self._sending = self._sending, None
             sending.result()
 
-    def _send(self, changes: list[TensorChange], probe: Probe, version: PolicyVersion, created_s: float) -> None:
+    def _send(self, changes: list[TensorChange], snapshot: Snapshot, version: PolicyVersion, created_s: float) -> None:
         assert self._mirror is not None
         began_s = time.perf_counter()
         base, self._published = self._published, None  # a version that fails is followed by a keyframe
@@ -109,7 +109,8 @@ class Publisher:
             model_fingerprint=self._model_fingerprint,
             checksum=self._mirror.checksum,
             payloads=ways.add(steps),
-            probe=probe,
+            probe=snapshot.probe,
+            adapter=snapshot.adapter,
         )
         self._commit(manifest)
         self._published, self._ways = version, ways

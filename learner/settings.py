@@ -55,6 +55,25 @@ class ComputeSettings(Settings):
     """Tokens whose logits over the vocabulary exist at once. 256 is the knee on a CPU; a GPU wants 1024 to 4096."""
 
 
+class LoraSettings(Settings):
+    """A low-rank adapter on a frozen model (peft)."""
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    """Rank of each update; RL moves weights little, and 8 to 32 are usual."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """The adapter counts alpha / rank times; twice the rank is usual."""
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+    """Last parts of the names of the linear modules that get one: all of a Qwen, Llama, Mistral or Gemma layer."""
+
+
 class LearnerSettings(Settings):
     """Everything the learner process can be told."""
 
@@ -64,6 +83,9 @@ class LearnerSettings(Settings):
     """What is optimised."""
     compute: ComputeSettings = ComputeSettings()
     """How the model is run."""
+    lora: LoraSettings | None = None
+    """Train, save and publish an adapter in place of the weights; needs the extra `lora`. null = all weights. The
+    learning rate wants to be about 10 times that of whole weights."""
     groups_per_update: Annotated[int, Field(ge=1)] = 16
     """Groups in one batch, hence in one optimiser step."""
     total_updates: Annotated[int, Field(ge=1)] = 1_000
@@ -128,6 +150,11 @@ class LearnerSettings(Settings):
             raise ValueError(
                 f"optimizer.warmup_updates={self.optimizer.warmup_updates} exceeds total_updates={self.total_updates}: "
                 "the learning rate would never reach its peak"
+            )
+        if self.lora is not None and self.reference_reset_every is not None:
+            raise ValueError(
+                f"reference_reset_every={self.reference_reset_every} with lora: the reference of an adapter is the "
+                "model without it, which cannot be reset"
             )
         if self.replay_updates and self.replay_selector == Fresh():
             raise ValueError(

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from buffer.weights.manifest import Probe
+from buffer.weights.manifest import Adapter, Probe
 from buffer.weights.tensors import Bits, TensorSpec, Values
 from learner.policy import Policy
 
@@ -33,6 +33,8 @@ class Snapshot:
 
     tensors: tuple[Values, ...]  # tied weights once
     probe: Probe
+    adapter: Adapter | None
+    """What the tensors mean when they are an adapter's."""
 
 
 def take_snapshot(policy: Policy, *, dtype: str, tolerance_nats: float) -> Snapshot:
@@ -46,6 +48,7 @@ def take_snapshot(policy: Policy, *, dtype: str, tolerance_nats: float) -> Snaps
     return Snapshot(
         tensors=tuple(_TorchValues.of(name, tensor, _DTYPES[dtype]) for name, tensor in weights.items()),
         probe=Probe(token_ids=token_ids, logprobs=logprobs.cpu().numpy(), tolerance=tolerance_nats),
+        adapter=policy.adapter,
     )
 
 

@@ -31,6 +31,7 @@ from learner.admission import Admission
 from learner.checkpoint import Checkpoints
 from learner.evaluation import EvaluationWatch
 from learner.loop import LearnerLoop, take_up
+from learner.lora import AdapterPolicy
 from learner.objectives.acceptance import acceptance_sentence
 from learner.objectives.diagnostics import diagnose
 from learner.objectives.objective import Objective
@@ -177,10 +178,11 @@ def _check_run(client: ServiceClient, config: RunConfig, fingerprint: str) -> No
 
 def _make_trainer(config: RunConfig, model_dir: Path, objective: Objective) -> Trainer:
     settings = config.learner
+    policy = Policy.load(
+        model_dir, device=settings.device, micro_batch_tokens=settings.micro_batch_tokens, compute=settings.compute
+    )
     return Trainer(
-        policy=Policy.load(
-            model_dir, device=settings.device, micro_batch_tokens=settings.micro_batch_tokens, compute=settings.compute
-        ),
+        policy=policy if settings.lora is None else AdapterPolicy.on(policy, settings.lora),
         objective=objective,
         settings=settings,
         diagnose=diagnose,

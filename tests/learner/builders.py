@@ -8,10 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from buffer.types import Group, Sample, SampleInfo, SamplingSettings, Trajectory
+from learner.lora import AdapterPolicy
 from learner.objectives.diagnostics import diagnose
 from learner.objectives.objective import Objective
 from learner.policy import FLOAT32, Policy
-from learner.settings import ComputeSettings, LearnerSettings, OptimizerSettings
+from learner.settings import ComputeSettings, LearnerSettings, LoraSettings, OptimizerSettings
 from learner.step import Trainer
 from tests.factories import make_group, make_trajectory
 from tests.learner.objectives.batches import whole
@@ -106,7 +107,9 @@ def make_trainer(
     max_closed_updates: int = 1_000,
     sampler_correction: float = 1.0,
     compute: ComputeSettings = FLOAT32,
+    lora: LoraSettings | None = None,
 ) -> Trainer:
+    policy = make_policy(model_dir, micro_batch_tokens=micro_batch_tokens, compute=compute)
     settings = LearnerSettings(
         optimizer=OptimizerSettings(lr=lr, warmup_updates=4, schedule="linear"),
         total_updates=40,
@@ -116,7 +119,7 @@ def make_trainer(
         compute=compute,
     )
     return Trainer(
-        policy=make_policy(model_dir, micro_batch_tokens=micro_batch_tokens, compute=compute),
+        policy=policy if lora is None else AdapterPolicy.on(policy, lora),
         objective=whole(objective) if isinstance(objective, str) else objective,
         settings=settings,
         diagnose=diagnose,
