@@ -3,7 +3,7 @@
 The plain loss is PPO's clip written out, on the same tensors in the same run. One thread, its CPU time, medians. A copy
 of one tensor gives the memory bandwidth, and so the floor under any loss.
 
-Usage: OMP_NUM_THREADS=1 python benchmarks/objectives.py [--rows 256] [--tokens 4096] [--repeats 5] [RECIPE ...]
+Usage: OMP_NUM_THREADS=1 python -m benchmarks.objectives [--rows 256] [--tokens 4096] [--repeats 5] [RECIPE ...]
 """
 
 import argparse

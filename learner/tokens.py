@@ -1,7 +1,8 @@
 """The one record an objective reads: a whole batch, right-padded over response tokens.
 
 Legend: B trajectories, T response positions (longest of the batch), G groups. Padding and context tokens have mask
-False. What stands behind the mask may be anything, even nan: `cleaned` puts 0 there before any piece computes.
+False. What stands behind the mask may be anything, even nan: `cleaned` leaves no number there that a product with the
+mask would not make 0.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -20,6 +21,11 @@ class MissingColumns(StalewiseError, ValueError):
 
 class NonFiniteTokens(StalewiseError, ValueError):
     """A trained token or a reward is nan or infinite: no loss of it means anything."""
+
+
+HARMLESS = 1e6
+"""Numbers up to this may stay behind the mask: what a piece makes of them is finite, and 0 times it is 0. No log-prob
+that means something is near it."""
 
 
 class Column(StrEnum):
@@ -122,9 +128,11 @@ def as_weights(chosen: Tensor) -> Tensor:
 
 
 def cleaned(tokens: Tokens, columns: Collection[Column]) -> Tokens:
-    """Return a copy in float32 with 0 behind the mask and `columns` alone; gradients flow through it.
+    """Return a copy in float32 with `columns` alone and what is HARMLESS behind the mask; gradients flow through it.
 
-    Every piece of `learner.objectives` expects this form: 0 * nan is nan, so the mask comes before any arithmetic.
+    Every piece of `learner.objectives` expects this form, since 0 * nan is nan, and masks in every sum and before an
+    exponential without a guard; zeros behind the mask would cost a pass over every column. Where a trajectory has no
+    trained token, its own numbers [B] are 0.
     Raises MissingColumns, and NonFiniteTokens when a trained token or a reward is nan or infinite.
     """
     if missing := sorted(set(columns) - set(tokens.columns)):
@@ -141,23 +149,22 @@ def cleaned(tokens: Tokens, columns: Collection[Column]) -> Tokens:
     }
     if tokens.token_rewards is not None:
         fields["token_rewards"] = tokens.token_rewards.float()
-    if not _all_finite(fields):  # behind the mask, where it may be, or at a trained token
-        fields = {
-            name: torch.where(tokens.mask if value.dim() == 2 else trained_rows, value, 0.0)
-            for name, value in fields.items()
-        }
-        if not _all_finite(fields):
-            raise _non_finite(fields)
-    clean = {
-        name: value * (tokens.weights if value.dim() == 2 else trained_rows.float()) for name, value in fields.items()
+    is_wild = not bool((_extremes(fields).abs() <= HARMLESS).all())  # behind the mask, or at a trained token
+    fields = {
+        name: torch.where(tokens.mask if value.dim() == 2 else trained_rows, value, 0.0)
+        if is_wild or value.dim() == 1
+        else value
+        for name, value in fields.items()
     }
+    if is_wild and not _extremes(fields).isfinite().all():
+        raise _non_finite(fields)
     copy = replace(
         tokens,
-        logprobs=clean["logprobs"],
-        behavior_logprobs=clean["behavior_logprobs"],
-        rewards=clean["rewards"],
-        token_rewards=clean.get("token_rewards"),
-        columns={name: clean[name.value] for name in columns},
+        logprobs=fields["logprobs"],
+        behavior_logprobs=fields["behavior_logprobs"],
+        rewards=fields["rewards"],
+        token_rewards=fields.get("token_rewards"),
+        columns={name: fields[name.value] for name in columns},
     )
     copy._known.update({_lengths: tokens.lengths, _weights: tokens.weights})  # the mask is the same
     return copy
@@ -171,9 +178,9 @@ def _weights(tokens: Tokens) -> Tensor:
     return as_weights(tokens.mask)
 
 
-def _all_finite(fields: Mapping[str, Tensor]) -> bool:
-    extremes = torch.stack([extreme for value in fields.values() for extreme in value.detach().aminmax()])
-    return bool(extremes.isfinite().all())  # nan reaches both extremes; one transfer for all of them
+def _extremes(fields: Mapping[str, Tensor]) -> Tensor:
+    """Smallest and largest number of each field; nan reaches both."""
+    return torch.stack([extreme for value in fields.values() for extreme in value.detach().aminmax()])
 
 
 def _non_finite(fields: Mapping[str, Tensor]) -> NonFiniteTokens:

@@ -8,6 +8,7 @@ position with mask True, and no [B, T, V] tensor is needed. Nothing is detached:
 import torch
 from torch import Tensor
 
+from learner.objectives.aggregation import masked
 from learner.objectives.objective import Advantage, SequencePiece
 from learner.tokens import Column, Tokens
 
@@ -29,7 +30,7 @@ def tbrm_residual(*, beta: float) -> SequencePiece:
     """logit(a_1) + sum_{t >= 2} log pi - log pi_ref(tau) - r / beta: the same without V_ref (arXiv 2505.15311)."""
 
     def residual(tokens: Tokens) -> Tensor:
-        reference = tokens.columns[Column.REFERENCE_LOGPROBS].gather(-1, first_position(tokens))[:, 0]
+        reference = masked(tokens, tokens.columns[Column.REFERENCE_LOGPROBS]).gather(-1, first_position(tokens))[:, 0]
         value = tokens.columns[Column.FIRST_LOGIT] - reference
         return value + log_ratio_to_reference_after_first(tokens) - tokens.rewards / beta
 

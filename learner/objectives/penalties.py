@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from learner.objectives.aggregation import masked
 from learner.objectives.objective import TokenPiece
 from learner.tokens import Column, Tokens
 
@@ -20,5 +21,5 @@ def ratio_variance(ratio: TokenPiece) -> TokenPiece:
 
 def reference_k3(tokens: Tokens) -> Tensor:
     """pi_ref / pi - 1 - log(pi_ref / pi) at temperature 1: estimates KL(pi || pi_ref) (arXiv 2402.03300)."""
-    logs = tokens.columns[Column.REFERENCE_LOGPROBS] - tokens.columns[Column.UNIT_LOGPROBS]
+    logs = masked(tokens, tokens.columns[Column.REFERENCE_LOGPROBS] - tokens.columns[Column.UNIT_LOGPROBS])
     return logs.expm1() - logs

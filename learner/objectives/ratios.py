@@ -126,7 +126,7 @@ def bounded(values: Tensor, low: float, high: float) -> Tensor:
 
 
 def _log_ratio(tokens: Tokens) -> Tensor:
-    return _guarded(tokens.logprobs - tokens.behavior_logprobs)
+    return _guarded((tokens.logprobs - tokens.behavior_logprobs).mul_(tokens.weights))
 
 
 def _token_ratio(tokens: Tokens) -> Tensor:

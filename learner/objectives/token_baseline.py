@@ -25,7 +25,7 @@ def optimal_token_baseline(*, weight: TokenPiece | None = None) -> Advantage:
         energies = squared_logit_gradient(tokens)
         if weight is not None:
             energies = energies * weight(tokens).detach().double().square()
-        energies = energies.cumsum(-1)  # masked tokens have none: their log-prob is 0 and so is their column
+        energies = _masked(tokens, energies).cumsum(-1)
         returns = _reward_to_go(tokens)
         places = _places(tokens.group, tokens)
         # members of one episode at one place share its single vote
@@ -49,7 +49,7 @@ def _reward_to_go(tokens: Tokens) -> Tensor:
     rewards = tokens.rewards.double()[:, None].expand(tokens.mask.shape)
     if tokens.token_rewards is None:
         return rewards
-    later = tokens.token_rewards.double().flip(-1).cumsum(-1).flip(-1)
+    later = _masked(tokens, tokens.token_rewards.double()).flip(-1).cumsum(-1).flip(-1)
     return rewards + later
 
 
@@ -66,5 +66,5 @@ def _sums_by_place(places: Tensor, tokens: Tokens, values: Tensor) -> Tensor:
 
 
 def _masked(tokens: Tokens, values: Tensor) -> Tensor:
-    """[B, T]: 0 behind the mask, where a place without a token has made inf of 1 / 0."""
+    """[B, T]: 0 behind the mask, where 1 / 0 and expm1 of what stands there may have made inf."""
     return torch.where(tokens.mask, values, 0.0)

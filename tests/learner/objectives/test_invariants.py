@@ -12,7 +12,7 @@ from learner.objectives.objective import Objective, Reduction
 from learner.objectives.recipe import AdvantageName
 from learner.objectives.recipes import RECIPES, build_objective
 from learner.tokens import Column, MissingColumns, NonFiniteTokens, Tokens, cleaned
-from tests.learner.objectives.batches import NAN, ROWS, TOKEN_COLUMNS, gradient, tokens_of, whole
+from tests.learner.objectives.batches import ALL_PARTS, NAN, ROWS, TOKEN_COLUMNS, gradient, tokens_of, whole
 
 
 def half_of_mean_over_tokens(tokens: Tokens, values: Tensor) -> Tensor:
@@ -88,6 +88,38 @@ def test_what_stands_behind_the_mask_is_never_read(name: str, behind_mask: float
 
     for clean, dirty in zip(with_zeros, with_garbage, strict=True):
         assert torch.equal(clean, dirty)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in EVERY_RECIPE),
+        ("stalewise", ALL_PARTS),
+        ("grpo", {"reference_kl": 0.04, "advantage": "optimal_token_baseline_truncated"}),
+    ],
+)
+def test_finite_garbage_of_each_column_is_not_read_nor_a_trajectory_without_trained_tokens(
+    name: str, options: dict[str, object]
+) -> None:
+    rows = (*ROWS, replace(ROWS[0], mask=[0] * 5, group=3, episode=7))
+    objective, tokens = build_objective(name, options), tokens_of(rows, behind_mask=0.0)
+    generator = torch.Generator().manual_seed(0)
+
+    def with_garbage(values: Tensor) -> Tensor:
+        trained = tokens.mask if values.dim() == 2 else tokens.mask.any(-1)
+        garbage = 2e5 * torch.rand(values.shape, generator=generator) - 1e5
+        return torch.where(trained, values.detach(), garbage).requires_grad_()
+
+    dirty = replace(
+        tokens,
+        logprobs=with_garbage(tokens.logprobs),
+        behavior_logprobs=with_garbage(tokens.behavior_logprobs).detach(),
+        rewards=with_garbage(tokens.rewards).detach(),
+        columns={column: with_garbage(values) for column, values in tokens.columns.items()},
+    )
+
+    for clean, found in zip(loss_and_gradients(objective, tokens), loss_and_gradients(objective, dirty), strict=True):
+        assert torch.equal(clean, found)
 
 
 @pytest.mark.parametrize("name", EVERY_RECIPE)
