@@ -42,12 +42,8 @@ def openapi_of_a_service() -> Schema:
 
 
 def _operation(method: str, path: str, operation: Schema, openapi: Schema) -> str:
-    lines = [
-        f"## {method} {path}",
-        "",
-        " ".join(operation.get("description", operation.get("summary", "")).split()),
-        "",
-    ]
+    said: str = operation.get("description") or operation.get("summary") or ""
+    lines = [f"## {method} {path}", "", " ".join(said.split()), ""]
     parameters = operation.get("parameters", [])
     if parameters:
         lines += ["| parameter | in | type | |", "|---|---|---|---|"]

@@ -103,13 +103,14 @@ def test_packed_scores_and_gradients_are_those_of_plain_forwards(family: str, tm
 
     forward = policy.forward(batch, WANTED)
 
-    scores = {"logprobs": forward.scores.logprobs, **forward.scores.columns}
-    ours = {str(name): value if value.dim() == 1 else value[batch.mask] for name, value in scores.items()}
+    columns = {str(column): values for column, values in forward.scores.columns.items()}
+    scores = {"logprobs": forward.scores.logprobs, **columns}
+    ours = {name: value if value.dim() == 1 else value[batch.mask] for name, value in scores.items()}
     assert len(forward.rows) > 1
     weights = {name: torch.linspace(-1, 1, len(value)) for name, value in theirs.items()}
     for name, expected in theirs.items():
         torch.testing.assert_close(ours[name], expected, atol=2e-5, rtol=1e-5, msg=f"{name} of {family}")
-    torch.stack([(weights[name] * value).sum() for name, value in theirs.items()]).sum().backward()
+    torch.autograd.backward(torch.stack([(weights[name] * value).sum() for name, value in theirs.items()]).sum())
     policy.backward(batch, forward, torch.stack([(weights[name] * ours[name]).sum() for name in theirs]).sum())
     gradients = {name: parameter.grad for name, parameter in policy.model.named_parameters()}
     for name, parameter in model.named_parameters():
