@@ -39,9 +39,8 @@ def tbrm_residual(*, beta: float) -> SequencePiece:
 
 def log_ratio_to_reference_after_first(tokens: Tokens) -> Tensor:
     """[B]: sum over the trained tokens but the first of log pi - log pi_ref at temperature 1."""
-    logs = tokens.columns[Column.UNIT_LOGPROBS] - tokens.columns[Column.REFERENCE_LOGPROBS]
     later = tokens.weights.scatter(-1, first_position(tokens), 0.0)
-    return (logs * later).sum(-1)
+    return (tokens.columns[Column.UNIT_LOGPROBS] - tokens.columns[Column.REFERENCE_LOGPROBS]).mul_(later).sum(-1)
 
 
 def first_position(tokens: Tokens) -> Tensor:

@@ -126,7 +126,9 @@ def bounded(values: Tensor, low: float, high: float) -> Tensor:
 
 
 def _log_ratio(tokens: Tokens) -> Tensor:
-    return _guarded((tokens.logprobs - tokens.behavior_logprobs).mul_(tokens.weights))
+    logs = tokens.logprobs - tokens.behavior_logprobs
+    logs.detach().mul_(tokens.weights)  # in place and not differentiated: every sum masks the gradient
+    return _guarded(logs)
 
 
 def _token_ratio(tokens: Tokens) -> Tensor:
