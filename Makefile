@@ -29,7 +29,7 @@ staleness-quick: setup
 	$(BIN)/python -m benchmarks.staleness quick
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -n 3 --dist worksteal $(ARGS)
 
 # 100 kills of each policy, 10 to 25 minutes; another order of kills: ARGS=--chaos-seed=7
 test-chaos: setup

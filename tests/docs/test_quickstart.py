@@ -40,7 +40,7 @@ def run(command: list[str], clone: Path) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def processes(clone: Path) -> Iterator["list[subprocess.Popen[bytes]]"]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
