@@ -23,7 +23,6 @@ _REFUSALS = {
     "GONE": ("Redis was away between a group and its insert", "try again"),
     "MISCONF": ("Redis cannot write to its disk", "free disk space, then try again"),
     "READONLY": ("this Redis is a read-only replica", "connect to the primary"),
-    "CLUSTERDOWN": ("the Redis Cluster is down", "start its missing node"),
 }
 
 
@@ -116,7 +115,7 @@ def store_errors() -> Iterator[None]:
         raise StoreUnavailable("Redis is still loading its data", hint="try again in a moment") from error
     except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
         raise StoreUnavailable(f"Redis does not answer: {error}", hint="check that it runs, then try again") from error
-    except redis.exceptions.RedisClusterException as error:
+    except (redis.exceptions.ClusterError, redis.exceptions.RedisClusterException) as error:  # a slot is not served
         raise StoreUnavailable(
             f"the Redis Cluster does not answer: {error}", hint="check that its nodes run"
         ) from error
