@@ -36,8 +36,8 @@ class WeightStoreSettings(Settings):
     keep_versions: Annotated[int, Field(ge=1)] = 4
     """Newest versions kept; an actor that downloads an older one finds it gone and asks for the latest."""
     max_bytes: Annotated[int, Field(ge=1)] = 256 << 30
-    """Disk for payloads. Over it the oldest versions go first, but never the latest one: an upload that does not fit
-    beside it is refused. 256 GiB hold four keyframes of a 32 B model in bfloat16."""
+    """Disk for payloads. Over it the oldest versions go first, but never the latest nor a pinned one (evaluation's
+    best): an upload that does not fit beside them is refused. 256 GiB hold four bfloat16 keyframes of a 32 B model."""
     orphan_age_s: Annotated[float, Field(gt=0)] = 3600.0
     """Seconds after which an upload that no version names is deleted; longer than any upload takes."""
     poll_s: Annotated[float, Field(gt=0)] = 0.05

@@ -255,3 +255,23 @@ def test_a_full_disk_costs_the_oldest_versions_and_never_the_latest(tmp_path: Pa
     store.put_blob(manifest.payloads[0].sha256, [payload])
     store.publish(manifest)
     assert (store.status().versions, store.status().deleted_total) == ([2, 3], 2)
+
+
+def test_a_full_disk_costs_no_pinned_version(tmp_path: Path) -> None:
+    store = DirectoryWeightStore(tmp_path, settings=WeightStoreSettings(keep_versions=4, max_bytes=100))
+    for version in range(4):
+        manifest, payload = sized(version, 30)
+        store.put_blob(manifest.payloads[0].sha256, [payload])
+        store.publish(manifest)
+        if version == 0:
+            store.pin(0)
+    assert (store.status().versions, store.status().bytes) == ([0, 2, 3], 90)
+
+    manifest, payload = sized(4, 41)
+    with pytest.raises(StoreUnavailable, match=r"weights\.max_bytes=100"):
+        store.put_blob(manifest.payloads[0].sha256, [payload])
+
+    store.unpin(0)
+    store.put_blob(manifest.payloads[0].sha256, [payload])
+    store.publish(manifest)
+    assert store.status().versions == [3, 4]
