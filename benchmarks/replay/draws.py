@@ -40,8 +40,8 @@ def _row(ours: Product, size: int, seconds: float) -> list[object]:
 
 
 def fill(ours: Product, size: int) -> RedisTable:
-    """Return a fresh table of tiny groups of weight 1 to 7, stored by the product's script from prepared arguments."""
-    direct = ours.fresh_table()
+    """Return a fresh table of tiny groups of weight 1 to 7, stored by the product's script without a file."""
+    direct = ours.fresh_table(appendonly=False)
     record = encode_group(next(TINY.groups(1)))
     rng = random.Random(0)
     group = next(TINY.groups(1))
@@ -56,6 +56,7 @@ def fill(ours: Product, size: int) -> RedisTable:
     for start in range(0, size, 10 * _CHUNK):
         last = min(start + 10 * _CHUNK, size)
         direct.update_priorities({f"g{i}": 1.0 + i % _CLASSES for i in range(start, last)})
+    ours.persist("everysec")
     return direct
 
 

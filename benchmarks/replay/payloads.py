@@ -8,6 +8,7 @@ import numpy as np
 from buffer.types import FinishReason, Group, SamplingSettings, Split, Trajectory, VersionSpan
 
 RUN_ID = "benchmark"
+_VOCABULARY = 151_936
 _SAMPLING = SamplingSettings(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)
 
 
@@ -37,8 +38,8 @@ class Payload:
     def _trajectory(self, rng: np.random.Generator, number: int) -> Trajectory:
         return Trajectory(
             trajectory_id=f"t{number}",
-            prompt_ids=rng.integers(0, 1 << 31, self.prompt_tokens, np.int32),
-            response_ids=rng.integers(0, 1 << 31, self.tokens, np.int32),
+            prompt_ids=rng.integers(0, _VOCABULARY, self.prompt_tokens, np.int32),
+            response_ids=rng.integers(0, _VOCABULARY, self.tokens, np.int32),
             response_mask=np.ones(self.tokens, np.bool_),
             behavior_logprobs=-rng.random(self.tokens, np.float32),
             spans=(VersionSpan(start=0, end=self.tokens, version=0),),

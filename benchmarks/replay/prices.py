@@ -1,12 +1,13 @@
-"""What each promise of an insert costs: CPU per group of 8 x 1,024 tokens, step by step and by policy of the file."""
+"""What each promise of an insert costs for groups of 8 x 1,024 tokens: by step, end to end, by policy of the file."""
 
 import time
 from collections.abc import Callable
 
 import msgpack
 
+from benchmarks.replay.inserts import bodies_of, run
 from benchmarks.replay.payloads import SHAPES
-from benchmarks.replay.product import Product, insert_bodies
+from benchmarks.replay.product import Product, insert_bodies, service
 from benchmarks.replay.report import redis_cpu_s, table
 from buffer.codec import encode_group, record_hash
 from buffer.quick import intact_group, valid_group
@@ -35,6 +36,7 @@ def prices(ours: Product, seconds: float) -> None:
         ["idempotency: content hash", _cpu_us(lambda: [record_hash(record) for record in records], seconds)],
     ]
     table("CPU of the API process for a group of 8 x 1,024 tokens, by step", ["step", "us/group"], rows)
+    _end_to_end(ours, seconds)
     rows = []
     for name, policy, persistent in (
         ("no file", "no", False),
@@ -45,6 +47,28 @@ def prices(ours: Product, seconds: float) -> None:
         rows.append([name, *_stored(ours, groups, policy, persistent)])
     heads = ["append-only file", "our script: wall us/group", "Redis CPU us/group", "raw SET: wall", "Redis CPU"]
     table("Redis for a group of 8 x 1,024 tokens, by persistence", heads, rows)
+
+
+def _end_to_end(ours: Product, seconds: float) -> None:
+    """Print inserts over HTTP with ever fewer promises."""
+    payload = SHAPES[1]
+    bodies = bodies_of(payload, _BATCH, MSGPACK)
+    rows: list[list[object]] = []
+    for name, policy, persistent, without in (
+        ("always", "always", True, ()),
+        ("everysec", "everysec", True, ()),
+        ("fsync by the kernel", "no", True, ()),
+        ("no file", "no", False, ()),
+        ("and no validation of values", "no", False, ("validation",)),
+        ("and no content hash", "no", False, ("validation", "idempotency")),
+    ):
+        with service(ours.directory / f"without{len(rows)}", ours.redis_url, without=without) as served:
+            arguments = (ours, served, bodies, _BATCH, MSGPACK, seconds)
+            done = run(*arguments, appendfsync=policy, appendonly=persistent)
+        cpus = [1e6 * done.api_cpu_s / done.groups, 1e6 * done.redis_cpu_s / done.groups]
+        rows.append([name, done.per_s, done.per_s * payload.group_size, done.latency.p50_ms, *cpus])
+    heads = ["promises", "groups/s", "trajectories/s", "p50 ms", "API CPU us/group", "Redis CPU us/group"]
+    table("Inserts over HTTP with promises off, one after the other; batches of 32", heads, rows)
 
 
 def _stored(ours: Product, groups: list[Group], policy: str, persistent: bool) -> list[float]:

@@ -1,4 +1,4 @@
-"""Our side: a Redis, services on it, the same table opened directly, and one connection that wastes no time."""
+"""Our side: a Redis, services of one and two workers on it, its table opened directly, connections of bare bytes."""
 
 import http.client
 import subprocess
@@ -40,51 +40,77 @@ _OPTIONS = [
 ]
 
 
+@dataclass(frozen=True)
+class Service:
+    """A running service."""
+
+    address: tuple[str, int]
+    """Host and port."""
+    pid: int
+    """Of the process that was started; workers are its children."""
+
+
 @dataclass
 class Product:
     """A run's Redis and what is open on it."""
 
     client: redis.Redis
     directory: Path
-    urls: list[tuple[str, int]]
-    """Host and port of each API process."""
-    pids: list[int]
+    redis_url: str
+    services: dict[int, Service]
+    """By the number of API workers."""
 
     def fresh_table(self, appendfsync: str = "everysec", *, appendonly: bool = True) -> RedisTable:
-        """Return an empty table, of which version 0 is published, under this persistence."""
+        """Return an empty table, of which version 0 is published, under this persistence and with an empty file."""
+        self.client.config_set("appendonly", "no")
         self.client.flushall()
-        self.client.config_set("appendfsync", appendfsync)
-        self.client.config_set("appendonly", "yes" if appendonly else "no")
         table = RedisTable(self.client, TABLE, LIMITER, RUN_ID)
         table.advance_version(0)
+        self.persist(appendfsync, appendonly=appendonly)
         return table
+
+    def persist(self, appendfsync: str, *, appendonly: bool = True) -> None:
+        """Choose a persistence and wait until it is in force."""
+        self.client.config_set("appendfsync", appendfsync)
+        self.client.config_set("appendonly", "yes" if appendonly else "no")
+        while self.is_rewriting():
+            time.sleep(0.02)
+
+    def is_rewriting(self) -> bool:
+        """Whether the append-only file is being written anew."""
+        info: Any = self.client.info("persistence")
+        return bool(info["aof_rewrite_in_progress"] or info["aof_rewrite_scheduled"])
 
 
 @contextmanager
-def product(num_services: int) -> Iterator[Product]:
-    """Run Redis and API processes."""
+def product() -> Iterator[Product]:
+    """Run Redis and the services."""
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         directory = Path(name)
-        with redis_server(directory / "redis", RedisSettings(appendfsync="no")) as url:
-            services = [_start(directory / str(number), url) for number in range(num_services)]
-            try:
-                addresses = [_address(directory / str(number) / RUN_ID) for number in range(num_services)]
-                with connect(url) as client:
-                    yield Product(client, directory, addresses, [service.pid for service in services])
-            finally:
-                for service in services:
-                    service.kill()
-                    service.wait()
+        with (
+            redis_server(directory / "redis", RedisSettings(appendfsync="no")) as url,
+            service(directory / "one", url) as one,
+            service(directory / "two", url, "service.workers=2") as two,
+            connect(url) as client,
+        ):
+            yield Product(client, directory, url, {1: one, 2: two})
 
 
-def _start(runs_dir: Path, redis_url: str) -> "subprocess.Popen[bytes]":
-    options = [*_OPTIONS, f"run.runs_dir={runs_dir}", f"service.redis_url={redis_url}"]
-    command = [sys.executable, "-m", "services.cli", "serve"]
-    return subprocess.Popen(
-        [*command, *(part for option in options for part in ("--set", option))],
+@contextmanager
+def service(runs_dir: Path, redis_url: str, *settings: str, without: Sequence[str] = ()) -> Iterator[Service]:
+    """Run a service, without some of its promises (stripped.py)."""
+    options = [*_OPTIONS, f"run.runs_dir={runs_dir}", f"service.redis_url={redis_url}", *settings]
+    start = ["benchmarks.replay.stripped", ",".join(without)] if without else ["services.cli"]
+    started = subprocess.Popen(
+        [sys.executable, "-m", *start, "serve", *(part for option in options for part in ("--set", option))],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
+    try:
+        yield Service(_address(runs_dir / RUN_ID), started.pid)
+    finally:
+        started.terminate()
+        started.wait()
 
 
 def _address(run_directory: Path) -> tuple[str, int]:

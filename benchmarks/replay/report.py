@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import redis
@@ -45,14 +46,11 @@ def timed(operation: Callable[[], object], *, repeats: int, limit_s: float) -> T
     return Timing(times)
 
 
-def cpu_s(pids: Iterable[int]) -> float:
-    """Return the CPU seconds that processes have used, all threads."""
-    total = 0.0
-    for pid in pids:
-        with open(f"/proc/{pid}/stat") as stat:
-            fields = stat.read().rpartition(")")[2].split()
-        total += (int(fields[11]) + int(fields[12])) * _TICK_S
-    return total
+def cpu_s(pid: int) -> float:
+    """Return the CPU seconds that a process and its descendants have used, all threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return (int(fields[11]) + int(fields[12])) * _TICK_S + sum(cpu_s(int(child)) for child in children)
 
 
 def redis_cpu_s(client: redis.Redis) -> float:

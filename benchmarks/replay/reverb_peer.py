@@ -1,10 +1,10 @@
-"""DeepMind's Reverb on payloads of given sizes. Runs in Reverb's own environment and prints one line of JSON.
+"""DeepMind's Reverb on payloads of a given size. Runs in Reverb's own environment and prints one line of JSON.
 
 Server and client are two processes, as ours are. Prioritized table, one item a step, `flush` with 200 in flight;
 batches of 256 by `client.sample` and by the prefetching `TrajectoryDataset`. Payloads are random bytes, since Reverb
 compresses.
 
-Usage: reverb_peer.py [--seconds 2] BYTES ...
+Usage: reverb_peer.py [--seconds 2] BYTES
 """
 
 import argparse
@@ -117,12 +117,12 @@ def percentile(times: list[float], percent: float) -> float:
 
 
 def main() -> None:
-    """Measure each size."""
+    """Measure one size."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=2.0)
-    parser.add_argument("sizes", type=int, nargs="+", metavar="BYTES")
+    parser.add_argument("size", type=int, metavar="BYTES")
     arguments = parser.parse_args()
-    print(json.dumps({str(size): measure(size, arguments.seconds) for size in arguments.sizes}))
+    print(json.dumps(measure(arguments.size, arguments.seconds)))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from benchmarks.replay.payloads import SIZES, Payload
@@ -27,28 +29,28 @@ def samples(ours: Product, peer: dict[int, dict[str, float]], seconds: float) ->
     """Print one row for each payload."""
     rows, ratios = [], []
     for kb, payload in SIZES.items():
-        timings, ahead = _measured(ours, payload, seconds)
-        rows.append([payload.name, *(_pair(timing) for timing in timings), ahead, BATCH * 1000 / timings[-1].p50_ms])
+        timings, two_ahead = _measured(ours, payload, seconds)
+        rows.append([payload.name, *map(_pair, timings), *two_ahead, BATCH * 1000 / timings[-1].p50_ms])
         if theirs := peer.get(kb):
             client_ms, dataset_ms = theirs["sample_p50_ms"], theirs["dataset_ms"]
             over = [client_ms / timing.p50_ms for timing in timings[1:]]
-            ratios.append([payload.name, client_ms, dataset_ms, *over, dataset_ms / ahead])
+            ratios.append([payload.name, client_ms, dataset_ms, *over, *(dataset_ms / ms for ms in two_ahead)])
     heads = ["payload", "raw MGET", "HTTP, bytes", "HTTP, records", "direct, bytes", "direct, records"]
-    heads += ["2 batches ahead, records", "groups/s, direct records"]
+    heads += ["2 ahead, bytes", "2 ahead, records, collated", "groups/s, direct records"]
     table("Batches of 256 by weight: ms, p50 / p99", heads, rows)
     heads = ["payload", "Reverb client ms", "Reverb dataset ms", "HTTP, bytes", "HTTP, records", "direct, bytes"]
-    heads += ["direct, records", "ahead / dataset"]
-    table("How many times faster than Reverb's client (the last: than its dataset)", heads, ratios)
+    heads += ["direct, records", "2 ahead, bytes / dataset", "2 ahead, records / dataset"]
+    table("How many times faster than Reverb's client (the last two: than its dataset)", heads, ratios)
 
 
-def _measured(ours: Product, payload: Payload, seconds: float) -> tuple[list[Timing], float]:
-    """Return the times of a batch by each way to it, and ms per batch where the learner draws ahead."""
+def _measured(ours: Product, payload: Payload, seconds: float) -> tuple[list[Timing], list[float]]:
+    """Return the times of a batch by each way to it, and ms per batch where two are drawn ahead."""
     size = len(encode_group(next(payload.groups(1))))
     direct = fill(ours, payload, max(1000, min(20_000, (200 << 20) // size)))
     numbers = itertools.count()
     keys = list(itertools.islice(ours.client.scan_iter("*body:*", count=1000), BATCH))
-    connection = Connection(ours.urls[0])
-    client = ServiceClient("http://{}:{}".format(*ours.urls[0]))
+    connection = Connection(ours.services[1].address)
+    client = ServiceClient("http://{}:{}".format(*ours.services[1].address))
     http = HttpTable(client)
     ways: list[Callable[[], object]] = [
         lambda: raw_mget(ours, keys, size),
@@ -59,7 +61,10 @@ def _measured(ours: Product, payload: Payload, seconds: float) -> tuple[list[Tim
     ]
     timings = [timed(way, repeats=_REPEATS, limit_s=seconds) for way in ways]
     client.close()
-    return timings, drawn_ahead(direct, seconds)
+    return timings, [
+        bytes_ahead(lambda: list(direct.sample_encoded(_request(numbers))), seconds),
+        ahead(direct, seconds),
+    ]
 
 
 def fill(ours: Product, payload: Payload, count: int) -> RedisTable:
@@ -78,7 +83,20 @@ def raw_mget(ours: Product, keys: list[bytes], size: int) -> list[Any]:
     return [ours.client.mget(keys[i : i + step]) for i in range(0, len(keys), step)]
 
 
-def drawn_ahead(table_: ReplayTable, seconds: float) -> float:
+def bytes_ahead(draw: Callable[[], object], seconds: float) -> float:
+    """Return ms per batch of encoded groups that a thread draws two batches ahead, taken back to back."""
+    with ThreadPoolExecutor(1) as pool:
+        drawn = deque(pool.submit(draw) for _ in range(2))
+        drawn.popleft().result()
+        start, count = time.perf_counter(), 0
+        while time.perf_counter() - start < seconds:
+            drawn.append(pool.submit(draw))
+            drawn.popleft().result()
+            count += 1
+        return 1000 * (time.perf_counter() - start) / count
+
+
+def ahead(table_: ReplayTable, seconds: float) -> float:
     """Return ms per batch of the learner's prefetcher, two batches ahead, taken back to back."""
     settings = LearnerSettings(prefetch_batches=2, groups_per_update=BATCH)
     prefetcher = Prefetcher(
