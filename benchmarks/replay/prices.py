@@ -62,6 +62,7 @@ def _end_to_end(ours: Product, seconds: float) -> None:
         ("and no validation of values", "no", False, ("validation",)),
         ("and no content hash", "no", False, ("validation", "idempotency")),
     ):
+        ours.persist("everysec")  # a service refuses to start on a Redis without a file
         with service(ours.directory / f"without{len(rows)}", ours.redis_url, without=without) as served:
             arguments = (ours, served, bodies, _BATCH, MSGPACK, seconds)
             done = run(*arguments, appendfsync=policy, appendonly=persistent)
