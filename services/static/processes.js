@@ -3,30 +3,32 @@ import {$, bytes, clock, fill, number, seconds, share, write} from "/static/text
 
 const BUCKETS = {foreign: "foreign", "0": "0", "1_3": "1 – 3", "4_15": "4 – 15", "16_63": "16 – 63", "64_plus": "64 and more"};
 const BY_AGE = /^(.+\/)(.*?)age_(foreign|0|1_3|4_15|16_63|64_plus)_(.+)$/;
-const COLUMNS = {
+const FIRST = {
   "age/tokens_share": ["tokens", share], "effective_samples/share": ["eff. samples", share], "ratio/mean": ["ratio mean", number],
   "ratio/variance": ["ratio variance", number], "ratio/max": ["ratio max", number], "k1/nats_mean": ["k1, nats", number],
   "k2/nats_mean": ["k2, nats", number], "k3/nats_mean": ["k3, nats", number],
 };
 
-// every metric that exists for ages becomes a column, whoever invents it
+const title = (name) => FIRST[name]?.[0]
+  ?? name.replace(/^gate\/(.+)_closed_share$/, "closed by $1").replace(/^gate\/(.+)_sequences_kept_share$/, "kept by $1")
+    .replace(/^trust_region\//, "").replace(/_(estimate|lower_bound)$/, (_, proof) => `, ${proof}`).replaceAll("_", " ");
+
+// ages across, metrics down: every metric that exists for ages has a line, whoever invents it
 function byAge(metrics) {
-  const rows = {};
-  const names = new Set(Object.keys(COLUMNS));
+  const ages = {};
+  const names = new Set(Object.keys(FIRST));
   for (const [name, value] of Object.entries(metrics)) {
     const match = name.match(BY_AGE);
     if (!match) continue;
-    const column = `${match[1]}${match[2]}${match[4]}`;
-    names.add(column);
-    (rows[match[3]] ??= {})[column] = value;
+    const line = `${match[1]}${match[2]}${match[4]}`;
+    names.add(line);
+    (ages[match[3]] ??= {})[line] = value;
   }
-  const columns = [...names].filter((name) => Object.values(rows).some((row) => name in row));
-  const format = (name, value) => (COLUMNS[name]?.[1] ?? (name.endsWith("_share") ? share : number))(value);
-  const label = (name) => COLUMNS[name]?.[0]
-    ?? name.replace(/^gate\/(.+)_closed_share$/, "closed by $1").replace(/^trust_region\//, "").replaceAll("_", " ");
-  const shown = Object.keys(BUCKETS).filter((bucket) => rows[bucket]?.["age/tokens_share"]);
-  return [["age, updates", ...columns.map(label)],
-    shown.map((bucket) => [BUCKETS[bucket], ...columns.map((name) => format(name, rows[bucket][name]))])];
+  const shown = Object.keys(BUCKETS).filter((bucket) => ages[bucket]?.["age/tokens_share"]);
+  const format = (name, value) => (FIRST[name]?.[1] ?? (name.endsWith("_share") ? share : number))(value);
+  return [["age, updates", ...shown.map((bucket) => BUCKETS[bucket])],
+    [...names].filter((name) => shown.some((bucket) => name in ages[bucket]))
+      .map((name) => [title(name), ...shown.map((bucket) => format(name, ages[bucket][name]))])];
 }
 
 export function drawLearner(stats) {

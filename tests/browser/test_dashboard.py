@@ -30,6 +30,7 @@ METRICS = {
     "k3/nats_mean": 0.02,
     "age/age_4_15_tokens_share": 1.0,
     "ratio/age_4_15_max": 1.5,
+    "trust_region/age_4_15_bound_best_estimate": 0.75,
 }
 
 
@@ -89,7 +90,7 @@ def test_page_shows_the_numbers_of_the_run_without_a_complaint(service: ServePro
     assert tab.text("#evaluation-list").startswith("version at pass@1 pass@2 reward, mean prompts samples of each")
     assert tab.text("#evaluation-list").endswith("50 % ± 10 % 100 % 0.5 2 2 3 actor-7")
     assert tab.text("#uses") == "0 2 1 1"
-    assert "4 – 15 100 % 1.5" in tab.text("#buckets")
+    assert tab.text("#buckets") == "age, updates 4 – 15 tokens 100 % ratio max 1.5 bound best, estimate 0.75"
     assert "actor-7 waiting admission 3 0 77 3" in tab.text("#actor-list")
     assert "2.5 s the <b>limiter</b>" in tab.text("#actor-list")
     assert tab.text("#versions").startswith("version published size publish to loaded, median loads in use by 3 ")
