@@ -22,10 +22,10 @@ from tests.factories import RUN_ID, make_group
 from tests.services.live import DEMO_MODEL, PublishingTable, ServeProcess
 
 NUM_GROUPS = 100_000
-MAX_HEAP_BYTES = 40e6
-MAX_CPU_SHARE = 0.15
+MAX_HEAP_BYTES = 10e6  # 3.2e6 were measured
+MAX_CPU_SHARE = 0.1  # 0.021 was measured
 POLL_S = 120
-BATCH, CALLS = 2_000, 200
+BATCH, CALLS = 500, 200
 
 
 @contextmanager
@@ -71,7 +71,8 @@ def insert_all(client: ServiceClient, num_groups: int) -> None:
         head = packer.pack_map_header(2) + packer.pack("schema") + packer.pack(1) + packer.pack("groups")
         body = head + packer.pack_array_header(BATCH) + b"".join(groups)
         answered = body_of(client.request("POST", "/v1/groups", body=body, content_type=MSGPACK, accept=MSGPACK))
-        assert {result["outcome"] for result in answered["results"]} == {"accepted"}
+        # a batch whose answer came too late is sent again
+        assert {result["outcome"] for result in answered["results"]} <= {"accepted", "duplicate"}
 
 
 def cpu_s(pid: int) -> float:
