@@ -5,7 +5,6 @@ import os
 import pty
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -63,7 +62,7 @@ def test_every_command_works(command: str, loop: Clone) -> None:
 
 
 def watched(command: str, loop: Clone, *, until: str) -> str:
-    """Run a command on a terminal until it shows a text, then press Ctrl-C; return what was on the terminal."""
+    """Run a command on a terminal until it shows a text, then end it; return what was on the terminal."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         loop.words(command), cwd=loop.directory, env=loop.environment, stdin=theirs, stdout=theirs, stderr=theirs
@@ -72,7 +71,7 @@ def watched(command: str, loop: Clone, *, until: str) -> str:
     shown = b""
     while until.encode() not in shown:
         shown += os.read(ours, 4096)
-    process.send_signal(signal.SIGINT)
+    process.terminate()
     while process.poll() is None:
         with suppress(OSError):  # the terminal is gone when the process is
             os.read(ours, 4096)
