@@ -6,7 +6,7 @@ export OMP_NUM_THREADS := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup docs demo compare staleness staleness-quick test test-chaos test-cluster test-browser test-fuzz mutation lint format types imports check setup-vllm test-vllm setup-reverb bench-buffer
+.PHONY: setup docs demo compare staleness staleness-quick test test-chaos test-cluster test-distributed test-browser test-fuzz mutation lint format types imports check setup-vllm test-vllm setup-reverb bench-buffer
 
 setup: $(VENV)/.done
 
@@ -42,6 +42,10 @@ test-browser: setup
 # a Redis Cluster of three nodes on loopback, started by the tests; a minute or two
 test-cluster: setup
 	$(BIN)/pytest tests/cluster --cluster --timeout=300 $(ARGS)
+
+# two gloo ranks on the CPU, a minute
+test-distributed: setup
+	$(BIN)/pytest tests/distributed --distributed -n 0 $(ARGS)
 
 # the fuzzers of `make test` with 60 times their executions, about an hour
 test-fuzz: setup

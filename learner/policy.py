@@ -129,8 +129,8 @@ class Policy:
         with torch.no_grad():
             parts = [self._score(batch, rows, wanted) for rows in sets[:-1]]
         live = self._score(batch, sets[-1], wanted)
-        scores = _spread(batch, sets, [*parts, live], wanted)
-        for leaf in _differentiable(scores).values():
+        scores = spread(batch, sets, [*parts, live], wanted)
+        for leaf in differentiable(scores).values():
             leaf.requires_grad_()
         return Forward(scores=scores, rows=sets, live=live)
 
@@ -142,28 +142,24 @@ class Policy:
         The loss is differentiated to the scores first; then each micro-batch takes its share on to the parameters.
         Trajectories whose scores have no gradient (all gated, or no advantage) are not run again.
         """
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        gradients = {name: leaf.grad for name, leaf in _differentiable(forward.scores).items() if leaf.grad is not None}
-        if row_weights is not None:
-            for of_scores in gradients.values():
-                weights = row_weights.to(of_scores.device)
-                of_scores *= weights if of_scores.dim() == 1 else weights[:, None]
-        last = _of_tokens(batch, forward.rows[-1], gradients)
+        gradients = score_gradients(forward.scores, loss, row_weights)
+        last = of_tokens(batch, forward.rows[-1], gradients)
         torch.autograd.backward([forward.live[name] for name in last], list(last.values()))
-        moving = torch.zeros(len(batch.keys), dtype=torch.bool)
-        for of_scores in gradients.values():
-            moving |= (of_scores.flatten(1) != 0).any(-1).cpu() if of_scores.dim() == 2 else (of_scores != 0).cpu()
+        moving = moving_rows(batch, gradients)
         moving[forward.rows[-1]] = False
         for rows in self.micro_batches(batch, moving.nonzero()[:, 0].tolist()):
-            known = _of_tokens(batch, rows, gradients)
-            self._run(batch, rows, frozenset(), gradients=known)["descent"].backward()  # type: ignore[no-untyped-call]
+            self._descend(batch, rows, of_tokens(batch, rows, gradients))
 
     @torch.no_grad()
     def unit_scores(self, batch: Batch, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return log pi [n] at temperature 1 of the trained tokens of `rows` [b], and the first raw logit of each."""
         drawn = targets(batch, rows, with_distributions=False, device=self.model.device).at_unit_temperature()
         of_tokens = self.scorer(join(batch, rows), drawn, frozenset({Column.FIRST_LOGIT}))
-        return of_tokens[LOGPROBS], of_tokens[CHOSEN_LOGIT][_starts(batch, rows).to(self.model.device)]
+        return of_tokens[LOGPROBS], of_tokens[CHOSEN_LOGIT][starts(batch, rows).to(self.model.device)]
+
+    def _descend(self, batch: Batch, rows: Tensor, gradients: dict[str, Tensor]) -> None:
+        """Score `rows` again and take the known gradients [n] of their scores on to the parameters."""
+        self._run(batch, rows, frozenset(), gradients=gradients)["descent"].backward()  # type: ignore[no-untyped-call]
 
     def _score(self, batch: Batch, rows: Tensor, wanted: frozenset[Column]) -> dict[str, Tensor]:
         return self._run(batch, rows, wanted, gradients=None)
@@ -176,7 +172,26 @@ class Policy:
         return result
 
 
-def _differentiable(scores: Scores) -> dict[str, Tensor]:
+def score_gradients(scores: Scores, loss: Tensor, row_weights: Tensor | None) -> dict[str, Tensor]:
+    """Differentiate a loss to the leaves that scores are; the rows [B] of the gradients are scaled by their weights."""
+    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    gradients = {name: leaf.grad for name, leaf in differentiable(scores).items() if leaf.grad is not None}
+    if row_weights is not None:
+        for of_scores in gradients.values():
+            weights = row_weights.to(of_scores.device)
+            of_scores *= weights if of_scores.dim() == 1 else weights[:, None]
+    return gradients
+
+
+def moving_rows(batch: Batch, gradients: Mapping[str, Tensor]) -> Tensor:
+    """Return which trajectories [B] bool have a score with a gradient."""
+    moving = torch.zeros(len(batch.keys), dtype=torch.bool)
+    for of_scores in gradients.values():
+        moving |= (of_scores.flatten(1) != 0).any(-1).cpu() if of_scores.dim() == 2 else (of_scores != 0).cpu()
+    return moving
+
+
+def differentiable(scores: Scores) -> dict[str, Tensor]:
     """The leaves, by the name that the scorer gives them."""
     found = {LOGPROBS: scores.logprobs}
     found |= {column.value: value for column, value in scores.columns.items() if column in DIFFERENTIABLE}
@@ -185,9 +200,7 @@ def _differentiable(scores: Scores) -> dict[str, Tensor]:
     return found
 
 
-def _spread(
-    batch: Batch, sets: tuple[Tensor, ...], parts: list[dict[str, Tensor]], wanted: frozenset[Column]
-) -> Scores:
+def spread(batch: Batch, sets: tuple[Tensor, ...], parts: list[dict[str, Tensor]], wanted: frozenset[Column]) -> Scores:
     """Put the scores of micro-batches at their places in [B, T] and [B], without a graph; 0 behind the mask."""
     places = [batch.mask[rows].nonzero(as_tuple=True) for rows in sets]
     row = torch.cat([rows[where] for rows, (where, _) in zip(sets, places, strict=True)])
@@ -199,7 +212,7 @@ def _spread(
         spread[name] = torch.zeros(batch.mask.shape, device=values.device).index_put(place, values)
     columns = {Column(name): value for name, value in spread.items() if name != LOGPROBS}
     if Column.FIRST_LOGIT in wanted:
-        firsts = [part[CHOSEN_LOGIT].detach()[_starts(batch, rows)] for rows, part in zip(sets, parts, strict=True)]
+        firsts = [part[CHOSEN_LOGIT].detach()[starts(batch, rows)] for rows, part in zip(sets, parts, strict=True)]
         values = torch.cat(firsts)
         place_of_row = (torch.cat(sets).to(values.device),)
         columns[Column.FIRST_LOGIT] = torch.zeros(len(batch.keys), device=values.device).index_put(place_of_row, values)
@@ -208,7 +221,7 @@ def _spread(
     return Scores(logprobs=spread[LOGPROBS], columns=columns)
 
 
-def _of_tokens(batch: Batch, rows: Tensor, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+def of_tokens(batch: Batch, rows: Tensor, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the gradients [n] of the trained tokens of `rows` [b], of gradients [B, T] and [B]."""
     trained = batch.mask[rows].nonzero(as_tuple=True)
     found = {}
@@ -216,13 +229,13 @@ def _of_tokens(batch: Batch, rows: Tensor, gradients: dict[str, Tensor]) -> dict
         of_rows = of_scores[rows.to(of_scores.device)]
         if name == CHOSEN_LOGIT:
             found[name] = torch.zeros(len(trained[0]), device=of_rows.device)
-            found[name][_starts(batch, rows).to(of_rows.device)] = of_rows
+            found[name][starts(batch, rows).to(of_rows.device)] = of_rows
         else:
             found[name] = of_rows[trained[0].to(of_rows.device), trained[1].to(of_rows.device)]
     return found
 
 
-def _starts(batch: Batch, rows: Tensor) -> Tensor:
+def starts(batch: Batch, rows: Tensor) -> Tensor:
     """[b]: where among the trained tokens of `rows` each row begins."""
     lengths = batch.mask[rows].sum(-1)
     return lengths.cumsum(0) - lengths

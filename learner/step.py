@@ -13,6 +13,7 @@ from pydantic import JsonValue, TypeAdapter
 from buffer.errors import InvalidSettings, StalewiseError
 from buffer.types import PolicyVersion
 from learner.collate import Batch
+from learner.distributed import whole
 from learner.errors import GradientSpike, NonFiniteGradient, TrustRegionClosed
 from learner.importance import importance_weights
 from learner.metrics import batch_metrics
@@ -160,8 +161,8 @@ class Trainer:
 
     def _descend(self, loss: Loss) -> tuple[float, float]:
         """Clip, set the scheduled rate and step; return the norm before clipping and the rate."""
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.policy.model.parameters(), self._settings.optimizer.grad_clip_norm
+        norm = whole(
+            torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), self._settings.optimizer.grad_clip_norm)
         ).item()
         if not math.isfinite(norm):
             raise self._non_finite(loss)
@@ -180,7 +181,7 @@ class Trainer:
         bad = [
             name
             for name, parameter in self.policy.model.named_parameters()
-            if parameter.grad is not None and not parameter.grad.isfinite().all()
+            if parameter.grad is not None and not whole(parameter.grad).isfinite().all()
         ]
         parts = ", ".join(f"{name} {float(part):g}" for name, part in loss.parts.items())
         return NonFiniteGradient(
