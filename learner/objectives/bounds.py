@@ -84,4 +84,4 @@ def _sum_of_capped(values: Tensor) -> float:
 
 def _pinsker(kl: float) -> float:
     """The largest total variation that a KL in nats allows; 1 and more are no limit."""
-    return math.sqrt(kl / 2)
+    return math.sqrt(max(kl, 0.0) / 2)  # rounding can leave the KL of equal distributions a hair below 0
