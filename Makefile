@@ -6,7 +6,7 @@ export OMP_NUM_THREADS := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup docs demo compare staleness staleness-quick test test-chaos test-cluster test-distributed test-browser test-fuzz mutation lint format types imports check setup-vllm test-vllm setup-reverb bench-buffer
+.PHONY: setup docs demo compare staleness staleness-quick test test-chaos test-cluster test-distributed test-browser test-nginx test-fuzz mutation lint format types imports check setup-vllm test-vllm setup-reverb bench-buffer
 
 setup: $(VENV)/.done
 

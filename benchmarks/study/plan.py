@@ -19,6 +19,8 @@ Finals = Callable[[Run], float | None]
 """The final accuracy of a run, None while it was not made."""
 
 LEARNING_RATES = (2e-4, 4e-4, 8e-4)
+USUAL_RATE = (4e-4,)
+"""Where nothing is tuned: the demo's."""
 SCHEDULES: tuple[Literal["constant", "linear"], ...] = ("linear", "constant")
 TUNING_SEEDS = (100, 101)
 FINAL_SEEDS = (0, 1, 2)
@@ -50,6 +52,16 @@ class Cell:
     tuning_seeds: Sequence[int] = TUNING_SEEDS
     final_seeds: Sequence[int] = FINAL_SEEDS
     warmup_seeds: Sequence[int] = WARMUP_SEEDS
+
+    def lean(self, *, final_seeds: int = len(FINAL_SEEDS)) -> "Cell":
+        """Return the cell with less to make: one decay, one tuning seed, one checkpoint, so many final seeds."""
+        return replace(
+            self,
+            schedules=SCHEDULES[:1],
+            tuning_seeds=TUNING_SEEDS[:1],
+            final_seeds=FINAL_SEEDS[:final_seeds],
+            warmup_seeds=WARMUP_SEEDS[:1],
+        )
 
     def run(self, lr: float, schedule: Literal["constant", "linear"], *, warmup_seed: int, seed: int) -> Run:
         """Return one run of the cell."""
@@ -120,6 +132,7 @@ def main_cells() -> Iterator[Cell]:
 
 
 ABLATIONS: dict[str, dict[str, JsonValue]] = {
+    "as shipped": {},
     "no prefix factor": {"weight": "token"},
     "no ratio": {"weight": "none"},
     "weight capped at 1": {"weight": "minpro_capped"},
@@ -129,8 +142,6 @@ ABLATIONS: dict[str, dict[str, JsonValue]] = {
     "constraint, lambda_max 0.1": {"lambda_max": 0.1},
     "constraint, lambda_max 0.3": {"lambda_max": 0.3},
     "constraint, lambda_max 1": {"lambda_max": 1.0},
-    "no constraint": {"lambda_max": 0.0},
-    "no residual": {"bellman_coefficient": 0.0},
     "residual 0.1": {"bellman_coefficient": 0.1},
     "residual 0.3": {"bellman_coefficient": 0.3},
     "residual 1": {"bellman_coefficient": 1.0},
@@ -139,18 +150,9 @@ ABLATIONS: dict[str, dict[str, JsonValue]] = {
 
 
 def ablation_cells() -> Iterator[Cell]:
-    """`stalewise` with one part changed, at lag 128; learning rates alike, one tuning seed, one checkpoint."""
+    """`stalewise` with one part changed, at lag 128."""
     for label, options in ABLATIONS.items():
-        yield Cell(
-            part="ablations",
-            method="stalewise",
-            label=label,
-            lag=MAX_LAG,
-            options=options,
-            schedules=("linear",),
-            tuning_seeds=TUNING_SEEDS[:1],
-            warmup_seeds=WARMUP_SEEDS[:1],
-        )
+        yield Cell(part="ablations", method="stalewise", label=label, lag=MAX_LAG, options=options).lean()
 
 
 def task_cells() -> Iterator[Cell]:
@@ -158,65 +160,27 @@ def task_cells() -> Iterator[Cell]:
     for lag in (MAX_LAG, 0):
         for task in ("sorting", "scratchpad_addition"):
             for method in TASK_METHODS:
-                yield Cell(
-                    part="tasks",
-                    method=method,
-                    label=method,
-                    lag=lag,
-                    task=task,
-                    options=OPTIONS.get(method, {}),
-                    schedules=("linear",),
-                    tuning_seeds=TUNING_SEEDS[:1],
-                    warmup_seeds=WARMUP_SEEDS[:1],
-                )
+                options = OPTIONS.get(method, {})
+                yield Cell(part="tasks", method=method, label=method, lag=lag, task=task, options=options).lean()
 
 
 def other_cells() -> Iterator[Cell]:
     """Every other recipe, one seed at lag 128."""
     for method in RECIPES:
         if method not in MAIN_METHODS:
-            yield Cell(
-                part="others",
-                method=method,
-                label=method,
-                lag=MAX_LAG,
-                schedules=("linear",),
-                tuning_seeds=TUNING_SEEDS[:1],
-                final_seeds=FINAL_SEEDS[:1],
-                warmup_seeds=WARMUP_SEEDS[:1],
-            )
+            yield Cell(part="others", method=method, label=method, lag=MAX_LAG).lean(final_seeds=1)
 
 
 def long_cells() -> Iterator[Cell]:
     """Lag 512, one seed, at the rate that is usual here."""
     for method in ("stalewise", "grpo"):
-        yield Cell(
-            part="lag 512",
-            method=method,
-            label=method,
-            lag=512,
-            updates=512 + 122,
-            learning_rates=(4e-4,),
-            schedules=("linear",),
-            tuning_seeds=TUNING_SEEDS[:1],
-            final_seeds=FINAL_SEEDS[:1],
-            warmup_seeds=WARMUP_SEEDS[:1],
-        )
+        cell = Cell(part="lag 512", method=method, label=method, lag=512, updates=512 + 122, learning_rates=USUAL_RATE)
+        yield cell.lean(final_seeds=1)
 
 
 def quick_cells() -> Iterator[Cell]:
     """A few short runs that take every path of the study in minutes; their numbers mean nothing."""
     for method in ("grpo", "stalewise"):
         for lag in (0, 4):
-            yield Cell(
-                part="main",
-                method=method,
-                label=method,
-                lag=lag,
-                updates=20,
-                learning_rates=(4e-4,),
-                schedules=("linear",),
-                tuning_seeds=TUNING_SEEDS[:1],
-                final_seeds=FINAL_SEEDS[:1],
-                warmup_seeds=WARMUP_SEEDS[:1],
-            )
+            cell = Cell(part="main", method=method, label=method, lag=lag, updates=20, learning_rates=USUAL_RATE)
+            yield cell.lean(final_seeds=1)
