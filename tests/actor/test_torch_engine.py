@@ -75,7 +75,7 @@ def test_behavior_logprobs_are_exact_under_the_version_of_their_span(
 
     def swap() -> None:
         version = 0
-        while not done.wait(0.004):
+        while not done.wait(0.02):
             version += 1
             engine.load(keyframes[version % len(keyframes)], version)
 

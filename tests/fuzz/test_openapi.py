@@ -27,7 +27,7 @@ from services.security import ACCESS
 from tests.factories import make_group
 from tests.services.live import make_context, serving
 
-EXAMPLES = 12
+EXAMPLES = 8
 """Requests per operation and mode; times --fuzz-scale."""
 ROUTES = [route for route in ACCESS if "{" in route or not route.startswith("GET ") or route.endswith("latest")]
 """What takes parameters or a body; there is nothing to generate for the others."""
