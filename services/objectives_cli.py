@@ -20,7 +20,8 @@ def list_objectives(context: typer.Context) -> None:
 
     for row in catalog():
         needs = ", ".join(row.columns) or "no column"
-        print(f"{row.name}   {row.paper}; divided by {row.denominator}; needs {needs}\n    {row.loss}\n    {row.use}\n")
+        head = f"{row.name}   {row.paper}; divided by {row.denominator}; needs {needs}"
+        print("\n    ".join((head, row.loss, *row.pieces, row.use)) + "\n")
 
 
 @objectives_app.command()

@@ -28,6 +28,8 @@ class Outcome:
     finals: list[float]
     curves: list[list[Point]]
     failures: list[str]
+    skipped: list[int]
+    """Updates that each final run skipped."""
     metrics: list[dict[str, float]]
 
     @property
@@ -82,6 +84,7 @@ def _outcome(cell: Cell, results: Results) -> Outcome:
         finals=[float(result["final"]) for result in found],
         curves=[[(int(u), int(r), float(a)) for u, r, a in result["curve"]] for result in found],
         failures=[result["failure"] for result in found if result["failure"]],
+        skipped=[int(result["skipped"]) for result in found],
         metrics=[result["metrics"] for result in found],
     )
 
@@ -218,7 +221,12 @@ def _failures(outcomes: Sequence[Outcome]) -> str:
         for o in outcomes
         for failure in o.failures
     ]
-    return "\n".join(lines) or "None of the final runs made so far broke."
+    lines += [
+        f"- `{o.cell.label}`, {_named((o.cell.reuse, o.cell.lag))}: {', '.join(map(str, o.skipped))} updates skipped"
+        for o in outcomes
+        if any(o.skipped)
+    ]
+    return "\n".join(lines) or "None of the final runs made so far broke or skipped an update."
 
 
 def _of_main_with_finals(outcomes: Sequence[Outcome]) -> list[Outcome]:

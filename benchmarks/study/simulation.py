@@ -31,7 +31,7 @@ from learner.objectives.diagnostics import diagnose
 from learner.objectives.recipes import build_objective
 from learner.policy import Policy
 from learner.settings import LearnerSettings, ObjectiveSettings, OptimizerSettings
-from learner.step import Trainer
+from learner.step import SKIPPED, Trainer
 
 GROUP_SIZE = 8
 GROUPS_PER_UPDATE = 16
@@ -79,6 +79,8 @@ class Result:
     metrics: dict[str, float]
     failure: str | None
     """The sentence that ended the run early; None for a run that went through."""
+    skipped: int
+    """Updates that the learner refused to make, such as those with a gradient of 30 times the usual length."""
     seconds: float
 
 
@@ -142,38 +144,49 @@ def simulate(run: Run, models: Path, on_evaluation: Callable[[Point], object] = 
         evaluate(0)
         ages: set[int] = set()
         history: list[dict[str, float]] = []
-        failure = None
+        failure, skipped, skipped_in_a_row = None, 0, 0
         every = max(1, run.updates // NUM_EVALUATIONS)
         for update in range(run.updates):
-            groups = simulation.batch(update)
+            groups, clock = simulation.batch(update), simulation.trainer.progress.clock
             if update >= run.lag:
-                ages |= {age for group in groups if (age := age_updates(group, update)) is not None}
+                ages |= {age for group in groups if (age := age_updates(group, clock)) is not None}
             try:
-                history.append(simulation.trainer.update(collate(_samples(groups, update), clock=update)))
+                history.append(simulation.trainer.update(collate(_samples(groups, clock), clock=clock)))
+                skipped_in_a_row = 0
+            except tuple(SKIPPED) as error:  # as learner.loop does: the batch is spent, the weights stay
+                skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
+                if skipped_in_a_row >= _settings(run).max_skipped_updates:
+                    failure = f"update {update}: {error}"
+                    break
             except StalewiseError as error:
                 failure = f"update {update}: {error}"
                 break
             if (update + 1) % every == 0 and update + 1 < run.updates:
                 evaluate(update + 1)
-        evaluate(len(history), FINAL_PASSES)
+        evaluate(update + 1, FINAL_PASSES)
     return Result(
         curve=curve,
         final=curve[-1][2],
         ages=(min(ages, default=-1), max(ages, default=-1)),
         metrics=_means(history[len(history) * 2 // 3 :]),
         failure=failure,
+        skipped=skipped,
         seconds=round(time.perf_counter() - started_s, 1),
     )
 
 
-def _trainer(run: Run, model_dir: Path) -> Trainer:
-    settings = LearnerSettings(
+def _settings(run: Run) -> LearnerSettings:
+    return LearnerSettings(
         objective=ObjectiveSettings(name=run.objective, options=dict(run.options)),
         optimizer=OptimizerSettings(lr=run.lr, schedule=run.schedule, warmup_updates=min(20, run.updates)),
         groups_per_update=GROUPS_PER_UPDATE,
         total_updates=run.updates,
         micro_batch_tokens=MICRO_BATCH_TOKENS,
     )
+
+
+def _trainer(run: Run, model_dir: Path) -> Trainer:
+    settings = _settings(run)
     return Trainer(
         policy=Policy.load(model_dir, device="cpu", micro_batch_tokens=MICRO_BATCH_TOKENS, compute=settings.compute),
         objective=build_objective(run.objective, run.options),

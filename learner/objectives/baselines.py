@@ -9,8 +9,7 @@ from learner.objectives.aggregation import (
     mean_over_tokens,
 )
 from learner.objectives.clipped import clipped_policy
-from learner.objectives.composition import Penalty, PolicyGradient
-from learner.objectives.objective import Objective
+from learner.objectives.composition import Composition, Penalty, PolicyGradient
 from learner.objectives.penalties import reference_k3
 from learner.objectives.ratios import no_ratio, sequence_ratio, soft_clip, token_ratio
 from learner.objectives.recipe import AdvantageName, ClipHigh, ClipLow, NonNegative, Positive, Recipe, Threshold
@@ -30,7 +29,7 @@ class Reinforce(Recipe):
     advantage: AdvantageName = AdvantageName.GROUP_MEAN
     """none gives the textbook form; the group's mean only lowers the variance."""
 
-    def objective(self) -> Objective:
+    def objective(self) -> Composition:
         return self.composed(
             PolicyGradient(surrogate=score(no_ratio), advantage=self.advantage.piece, aggregate=mean_over_tokens)
         )
@@ -48,7 +47,7 @@ class Rloo(Recipe):
     advantage: AdvantageName = AdvantageName.LEAVE_ONE_OUT
     """The method's own."""
 
-    def objective(self) -> Objective:
+    def objective(self) -> Composition:
         return self.composed(
             PolicyGradient(
                 surrogate=score(no_ratio), advantage=self.advantage.piece, aggregate=mean_over_sequences_of_sums
@@ -76,7 +75,7 @@ class Grpo(Recipe):
     advantage: AdvantageName = AdvantageName.STANDARDISED
     """Sample std (n - 1) and epsilon 1e-6, as most code has it; the paper does not say which."""
 
-    def objective(self) -> Objective:
+    def objective(self) -> Composition:
         policy = clipped_policy(
             low=self.clip_low,
             high=self.clip_high,
@@ -114,7 +113,7 @@ class DrGrpo(Recipe):
     advantage: AdvantageName = AdvantageName.GROUP_MEAN
     """The method's own."""
 
-    def objective(self) -> Objective:
+    def objective(self) -> Composition:
         return self.composed(
             clipped_policy(
                 low=self.clip_low,
@@ -144,7 +143,7 @@ class Dapo(Recipe):
     advantage: AdvantageName = AdvantageName.STANDARDISED
     """As in grpo."""
 
-    def objective(self) -> Objective:
+    def objective(self) -> Composition:
         return self.composed(
             clipped_policy(
                 low=self.clip_low,
@@ -172,7 +171,7 @@ class Gspo(Recipe):
     advantage: AdvantageName = AdvantageName.STANDARDISED
     """As in grpo."""
 
-    def objective(self) -> Objective:
+    def objective(self) -> Composition:
         return self.composed(
             clipped_policy(
                 ratio=sequence_ratio,
@@ -200,7 +199,7 @@ class Luspo(Recipe):
     advantage: AdvantageName = AdvantageName.STANDARDISED
     """As in grpo."""
 
-    def objective(self) -> Objective:
+    def objective(self) -> Composition:
         return self.composed(
             clipped_policy(
                 ratio=sequence_ratio,
@@ -228,7 +227,7 @@ class Cispo(Recipe):
     advantage: AdvantageName = AdvantageName.STANDARDISED
     """As in grpo."""
 
-    def objective(self) -> Objective:
+    def objective(self) -> Composition:
         weight = soft_clip(token_ratio, low=self.clip_low, high=self.clip_high)
         return self.composed(
             PolicyGradient(surrogate=score(weight), advantage=self.advantage.piece, aggregate=mean_over_tokens)

@@ -2,16 +2,19 @@
 
 from dataclasses import dataclass
 
+from learner.objectives.pieces import pieces
 from learner.objectives.recipes import RECIPES, build_objective, recipe_named
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CatalogRow:
-    """One recipe in a table; its columns are those of its default options."""
+    """One recipe in a table; its pieces and columns are those of its default options."""
 
     name: str
     paper: str
     loss: str
+    pieces: tuple[str, ...]
+    """One line a term."""
     columns: tuple[str, ...]
     denominator: str
     use: str
@@ -19,29 +22,36 @@ class CatalogRow:
 
 def catalog() -> tuple[CatalogRow, ...]:
     """Return all recipes, those for stale data first."""
-    return tuple(
-        CatalogRow(
-            name=name,
-            paper=recipe.paper,
-            loss=recipe.sentence,
-            columns=tuple(sorted(build_objective(name, {}).columns)),
-            denominator=recipe.denominator,
-            use=recipe.use,
+    rows = []
+    for name, recipe in RECIPES.items():
+        objective = build_objective(name, {})
+        rows.append(
+            CatalogRow(
+                name=name,
+                paper=recipe.paper,
+                loss=recipe.sentence,
+                pieces=pieces(objective),
+                columns=tuple(sorted(objective.columns)),
+                denominator=recipe.denominator,
+                use=recipe.use,
+            )
         )
-        for name, recipe in RECIPES.items()
-    )
+    return tuple(rows)
 
 
 def described(name: str) -> str:
-    """Return one recipe in full, as text: its sentence, source, denominator, options. Raises InvalidSettings."""
+    """Return one recipe in full, as text. Raises InvalidSettings for an unknown name."""
     recipe = recipe_named(name)
-    columns = ", ".join(sorted(build_objective(name, {}).columns))
+    objective = build_objective(name, {})
+    columns = ", ".join(sorted(objective.columns))
     options = [f"  {option} = {field.default}: {field.description}" for option, field in recipe.model_fields.items()]
     return "\n".join(
         [
             f"{name} ({recipe.paper})",
             recipe.__doc__ or "",
             f"loss = {recipe.sentence}",
+            "pieces, by default:",
+            *(f"  {line}" for line in pieces(objective)),
             f"divided by: {recipe.denominator}",
             f"needs: {columns or 'no column but the log-probs'}",
             f"use: {recipe.use}",

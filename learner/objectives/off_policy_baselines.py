@@ -14,9 +14,8 @@ from learner.objectives.aggregation import (
 )
 from learner.objectives.bellman import TBRM_COLUMNS, tbrm_residual
 from learner.objectives.clipped import clipped_policy
-from learner.objectives.composition import PolicyGradient, SquaredResidual
+from learner.objectives.composition import Composition, PolicyGradient, SquaredResidual
 from learner.objectives.gates import bounded_second_moment, inside_band, inside_clip
-from learner.objectives.objective import Objective
 from learner.objectives.ratios import (
     banded,
     no_ratio,
@@ -54,7 +53,7 @@ class Tis(Recipe):
     advantage: AdvantageName = AdvantageName.STANDARDISED
     """As in grpo."""
 
-    def objective(self) -> Objective:
+    def objective(self) -> Composition:
         weight = truncated(token_ratio, cap=self.cap)
         return self.composed(
             PolicyGradient(surrogate=score(weight), advantage=self.advantage.piece, aggregate=mean_over_tokens)
@@ -83,7 +82,7 @@ class TisPpo(Recipe):
     advantage: AdvantageName = AdvantageName.STANDARDISED
     """As in grpo."""
 
-    def objective(self) -> Objective:
+    def objective(self) -> Composition:
         return self.composed(
             clipped_policy(
                 weight=truncated(proximal_to_behavior, cap=self.cap),
@@ -121,7 +120,7 @@ class IcePop(Recipe):
     advantage: AdvantageName = AdvantageName.STANDARDISED
     """As in grpo."""
 
-    def objective(self) -> Objective:
+    def objective(self) -> Composition:
         return self.composed(
             clipped_policy(
                 weight=banded(proximal_to_behavior, low=self.band_low, high=self.band_high),
@@ -152,7 +151,7 @@ class M2po(Recipe):
     advantage: AdvantageName = AdvantageName.STANDARDISED
     """As in grpo."""
 
-    def objective(self) -> Objective:
+    def objective(self) -> Composition:
         return self.composed(
             PolicyGradient(
                 surrogate=importance(token_ratio),
@@ -184,7 +183,7 @@ class MiniRl(Recipe):
     advantage: AdvantageName = AdvantageName.GROUP_MEAN
     """The method's own: no std."""
 
-    def objective(self) -> Objective:
+    def objective(self) -> Composition:
         return self.composed(
             PolicyGradient(
                 surrogate=score(truncated(token_ratio, cap=self.cap)),
@@ -208,7 +207,7 @@ class AsymRe(Recipe):
     baseline_shift: Annotated[Number, Field(allow_inf_nan=False)] = -0.1
     """Of the baseline, in units of reward; the paper's. At 0 all its runs collapsed."""
 
-    def objective(self) -> Objective:
+    def objective(self) -> Composition:
         return self.composed(
             PolicyGradient(
                 surrogate=score(no_ratio),
@@ -230,7 +229,7 @@ class Topr(Recipe):
     advantage: AdvantageName = AdvantageName.NONE
     """The method's own: its rewards are +1 and -1."""
 
-    def objective(self) -> Objective:
+    def objective(self) -> Composition:
         return self.composed(
             PolicyGradient(
                 surrogate=tapered_score(truncated(sequence_product, cap=1.0)),
@@ -252,7 +251,7 @@ class Opmd(Recipe):
     temperature: NonNegative = 1.0
     """Strength of the KL to the policy that drew the data, in units of reward; public code's."""
 
-    def objective(self) -> Objective:
+    def objective(self) -> Composition:
         return self.composed(
             PolicyGradient(
                 surrogate=score(no_ratio),
@@ -275,7 +274,7 @@ class Tbrm(Recipe):
     beta: Positive = 0.002
     """KL strength, reward per nat; the paper's."""
 
-    def objective(self) -> Objective:
+    def objective(self) -> Composition:
         return self.composed(
             SquaredResidual(residual=tbrm_residual(beta=self.beta), aggregate=mean_over_sequences, columns=TBRM_COLUMNS)
         )

@@ -5,9 +5,8 @@ from typing import ClassVar, Self
 from pydantic import model_validator
 
 from learner.objectives.aggregation import mean_over_tokens
-from learner.objectives.composition import Constraint, PolicyGradient
+from learner.objectives.composition import Composition, Constraint, PolicyGradient
 from learner.objectives.multipliers import FRESH_UPDATES, DualAscent
-from learner.objectives.objective import Objective
 from learner.objectives.penalties import ratio_variance
 from learner.objectives.ratios import bounded_ratio
 from learner.objectives.recipe import AdvantageName, NonNegative, Positive, Recipe, Share, Updates
@@ -48,7 +47,7 @@ class R2vpo(Recipe):
             raise ValueError(f"lambda_start={self.lambda_start} is above lambda_max={self.lambda_max}")
         return self
 
-    def objective(self) -> Objective:
+    def objective(self) -> Composition:
         return _constrained(self, fresh_only=False)
 
 
@@ -86,11 +85,11 @@ class R2vpoFresh(Recipe):
             raise ValueError(f"lambda_start={self.lambda_start} is above lambda_max={self.lambda_max}")
         return self
 
-    def objective(self) -> Objective:
+    def objective(self) -> Composition:
         return _constrained(self, fresh_only=True)
 
 
-def _constrained(recipe: R2vpo | R2vpoFresh, *, fresh_only: bool) -> Objective:
+def _constrained(recipe: R2vpo | R2vpoFresh, *, fresh_only: bool) -> Composition:
     ratio = bounded_ratio(max_log_ratio=recipe.max_log_ratio)
     variance = ratio_variance(ratio)
     dual = DualAscent(

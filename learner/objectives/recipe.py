@@ -10,7 +10,7 @@ from buffer.settings import Settings
 from learner.objectives import advantages
 from learner.objectives.composition import Composition, Term
 from learner.objectives.multipliers import DualAscent
-from learner.objectives.objective import Advantage, Objective
+from learner.objectives.objective import Advantage
 from learner.objectives.ratios import token_ratio, truncated
 from learner.objectives.token_baseline import optimal_token_baseline
 
@@ -30,7 +30,7 @@ class Recipe(Settings, ABC):
     """What the loss is divided by, in words."""
 
     @abstractmethod
-    def objective(self) -> Objective:
+    def objective(self) -> Composition:
         """Choose the pieces."""
 
     def composed(self, *terms: Term, dual: DualAscent | None = None) -> Composition:

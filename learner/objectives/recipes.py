@@ -13,8 +13,7 @@ from learner.objectives.aggregation import (
 from learner.objectives.baselines import BASELINES
 from learner.objectives.bellman import REVAL_COLUMNS, reval_residual
 from learner.objectives.clipped import clipped_policy
-from learner.objectives.composition import PolicyGradient, SquaredResidual
-from learner.objectives.objective import Objective
+from learner.objectives.composition import Composition, PolicyGradient, SquaredResidual
 from learner.objectives.off_policy_baselines import OFF_POLICY_BASELINES
 from learner.objectives.r2vpo import R2vpo, R2vpoFresh
 from learner.objectives.ratios import (
@@ -51,7 +50,7 @@ class MinPro(Recipe):
     advantage: AdvantageName = AdvantageName.STANDARDISED
     """Group-normalised, as in GRPO."""
 
-    def objective(self) -> Objective:
+    def objective(self) -> Composition:
         weight = soft_clip(prefix_ratio, low=self.clip_low, high=self.clip_high)
         return self.composed(
             PolicyGradient(surrogate=score(weight), advantage=self.advantage.piece, aggregate=mean_over_tokens)
@@ -74,7 +73,7 @@ class MinProCapped(Recipe):
     advantage: AdvantageName = AdvantageName.STANDARDISED
     """As in minpro."""
 
-    def objective(self) -> Objective:
+    def objective(self) -> Composition:
         weight = soft_clip(capped_prefix_ratio, low=self.clip_low, high=self.clip_high)
         return self.composed(
             PolicyGradient(surrogate=score(weight), advantage=self.advantage.piece, aggregate=mean_over_tokens)
@@ -97,7 +96,7 @@ class MinProHard(Recipe):
     advantage: AdvantageName = AdvantageName.STANDARDISED
     """As in minpro."""
 
-    def objective(self) -> Objective:
+    def objective(self) -> Composition:
         return self.composed(
             clipped_policy(
                 ratio=prefix_ratio,
@@ -125,7 +124,7 @@ class ReVal(Recipe):
     scale_by_beta: bool = False
     """Multiply the residual by beta: the same minimiser, a loss in units of reward squared."""
 
-    def objective(self) -> Objective:
+    def objective(self) -> Composition:
         return self.composed(
             SquaredResidual(
                 residual=reval_residual(beta=self.beta, centred=self.centring.advantage.piece),
@@ -159,7 +158,7 @@ def recipe_named(name: str) -> type[Recipe]:
     return RECIPES[name]
 
 
-def build_objective(name: str, options: Mapping[str, object]) -> Objective:
+def build_objective(name: str, options: Mapping[str, object]) -> Composition:
     """Build the recipe `name` with its options; those left out keep their defaults.
 
     Raises InvalidSettings for an unknown name, an unknown option, or a value that is out of bounds.

@@ -8,10 +8,10 @@ from pydantic import model_validator
 
 from learner.objectives.aggregation import mean_over_tokens, sum_over_sequences_per_token
 from learner.objectives.bellman import REVAL_COLUMNS, reval_residual
-from learner.objectives.composition import Constraint, PolicyGradient, SquaredResidual, Term
+from learner.objectives.composition import Composition, Constraint, PolicyGradient, SquaredResidual, Term
 from learner.objectives.gates import trust_region
 from learner.objectives.multipliers import DualAscent
-from learner.objectives.objective import Objective, TokenPiece
+from learner.objectives.objective import TokenPiece
 from learner.objectives.penalties import ratio_variance
 from learner.objectives.ratios import (
     bounded_ratio,
@@ -108,7 +108,7 @@ class Stalewise(Recipe):
             raise ValueError(f"lambda_start={self.lambda_start} is above lambda_max={self.lambda_max}")
         return self
 
-    def objective(self) -> Objective:
+    def objective(self) -> Composition:
         dual = self._dual() if self.lambda_max else None
         terms: tuple[Term, ...] = ()
         if self.policy_coefficient:

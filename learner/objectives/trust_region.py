@@ -8,9 +8,9 @@ from typing import ClassVar, Self
 from pydantic import model_validator
 
 from learner.objectives.aggregation import mean_over_sequences_of_sums
-from learner.objectives.composition import PolicyGradient
+from learner.objectives.composition import Composition, PolicyGradient
 from learner.objectives.gates import length_neutral, sequence_mean, trust_region
-from learner.objectives.objective import Gate, Objective
+from learner.objectives.objective import Gate
 from learner.objectives.ratios import deviation, token_ratio
 from learner.objectives.recipe import AdvantageName, Positive, Recipe, Threshold
 from learner.objectives.surrogates import importance
@@ -58,7 +58,7 @@ class Trm(Recipe):
             raise ValueError("max_k2, mean_k3, max_kl and mean_kl are all off: set one of them")
         return self
 
-    def objective(self) -> Objective:
+    def objective(self) -> Composition:
         reads_kl = math.isfinite(self.max_kl) or math.isfinite(self.mean_kl)
         gates = trust_region(
             max_k2=self.max_k2, mean_k3=self.mean_k3, max_kl=self.max_kl, mean_kl=self.mean_kl, kl=self.kl.column
@@ -88,7 +88,7 @@ class TrmLengthNeutral(Recipe):
     advantage: AdvantageName = AdvantageName.STANDARDISED
     """As in trm."""
 
-    def objective(self) -> Objective:
+    def objective(self) -> Composition:
         gate = length_neutral(epsilon=self.epsilon, delta=self.delta, threshold=self.weighted_deviation)
         return self.composed(_gated(self.advantage, {"length_neutral": gate}))
 
@@ -107,7 +107,7 @@ class TrmSer(Recipe):
     advantage: AdvantageName = AdvantageName.STANDARDISED
     """As in trm."""
 
-    def objective(self) -> Objective:
+    def objective(self) -> Composition:
         gate = sequence_mean(deviation, threshold=self.mean_deviation)
         return self.composed(_gated(self.advantage, {"mean_deviation": gate}))
 

@@ -36,7 +36,7 @@ def test_data_is_as_old_as_the_lag_and_each_rollout_is_counted_once(models: Path
 
 
 def result(final: float) -> Result:
-    return Result(curve=[(0, 0, 0.2)], final=final, ages=(0, 0), metrics={}, failure=None, seconds=1.0)
+    return Result(curve=[(0, 0, 0.2)], final=final, ages=(0, 0), metrics={}, failure=None, skipped=0, seconds=1.0)
 
 
 def test_tuning_halves_the_candidates_and_the_best_mean_goes_on(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from buffer.errors import InvalidRequest
 from learner.objectives.batch_file import batch_tokens, evaluated, read_batch
 from learner.objectives.catalog import catalog, described
+from learner.objectives.pieces import pieces
 from learner.objectives.recipes import RECIPES, build_objective
 from learner.tokens import Column, MissingColumns
 from tests.learner.objectives.batches import ALL_PARTS, ROWS, Row, gradient, tokens_of
@@ -273,6 +274,24 @@ def test_the_catalog_lists_every_recipe_and_describes_each_option() -> None:
         assert all(f"  {option} = " in text for option in recipe.model_fields)
     assert "needs: no column but the log-probs" in described("dapo")
     assert "needs: first_logit, reference_first_logit, reference_logprobs, unit_logprobs" in described("reval")
+
+
+def test_the_catalog_names_the_pieces_that_a_recipe_chose() -> None:
+    everything: dict[str, object] = {"lambda_max": 0.1, "bellman_coefficient": 1.0, "mean_k3": 0.1}
+
+    assert pieces(build_objective("stalewise", everything)) == (
+        "policy: score(soft_clip(prefix_ratio)), leave_one_out, mean_over_tokens, "
+        "gate sequence_largest_k2, gate sequence_mean(k3)",
+        "variance: ratio_variance(bounded_ratio), mean_over_tokens, dual ascent",
+        "bellman: reval_residual(leave_one_out), squared, sum_over_sequences_per_token",
+    )
+    assert pieces(build_objective("grpo", {"reference_kl": 0.04})) == (
+        "policy: hard_clip(token_ratio), standardised, mean_over_sequences_of_means",
+        "reference_kl: reference_k3, mean_over_sequences_of_means",
+    )
+    for row in catalog():
+        assert row.pieces == pieces(build_objective(row.name, {}))
+        assert all(f"\n  {line}\n" in described(row.name) for line in row.pieces)
 
 
 def test_the_example_in_the_docs_is_true(tmp_path: Path) -> None:
