@@ -37,7 +37,7 @@ test-chaos: setup
 
 # the dashboard over 100,000 groups and beside a real run, in Chromium, about 5 minutes
 test-browser: setup
-	CI=true $(BIN)/pytest tests/browser tests/browser/long_look.py -s --timeout=0
+	CI=true $(BIN)/pytest tests/browser/test_*.py tests/browser/long_look.py -s --timeout=0
 
 # a Redis Cluster of three nodes on loopback, started by the tests; a minute or two
 test-cluster: setup
