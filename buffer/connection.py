@@ -15,7 +15,7 @@ import httpx
 from pydantic import Field
 
 from buffer import errors
-from buffer.errors import ServiceUnreachable, StalewiseError, StoreUnavailable
+from buffer.errors import DrawLost, ServiceUnreachable, StalewiseError, StoreUnavailable
 from buffer.request_id import HEADER, current_request_id, request_scope
 from buffer.settings import Settings
 from buffer.wire import JSON, MSGPACK, Heartbeat, LearnerReport, RunInfo, decode, encode, parse
@@ -35,6 +35,7 @@ _ERRORS = {
         errors.NotFound,
         errors.Conflict,
         errors.StoreUnavailable,
+        errors.DrawLost,
         errors.CorruptWeights,
         errors.RunMismatch,
     )
@@ -64,7 +65,8 @@ class ServiceClient:
     """A connection to one replay service; threads may share it.
 
     Every request is safe to repeat, so a lost answer, a proxy's error or StoreUnavailable is retried until the budget
-    is spent; then ServiceUnreachable or StoreUnavailable is raised. `stopping` ends the pauses between attempts.
+    is spent; then ServiceUnreachable or StoreUnavailable is raised (DrawLost at once). `stopping` ends the pauses
+    between attempts.
     """
 
     def __init__(
@@ -195,6 +197,8 @@ class ServiceClient:
         while True:
             try:
                 return attempt()
+            except DrawLost:
+                raise  # for good
             except (ServiceUnreachable, StoreUnavailable) as error:
                 problem: StalewiseError = error
             except httpx.TransportError as error:

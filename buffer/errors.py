@@ -102,6 +102,12 @@ class StoreUnavailable(StalewiseError):
     exit_code = 3
 
 
+class DrawLost(StoreUnavailable):
+    """Groups of a draw were removed and are no longer kept for its reader: only a new draw can go on."""
+
+    status = HTTPStatus.GONE
+
+
 class ServiceUnreachable(StalewiseError):
     """The replay service did not answer within the retry budget."""
 

@@ -18,6 +18,8 @@ class Entry:
     size_bytes: int
     inserted_s: float
     uses: int = 0
+    used_s: float = 0.0
+    """Time of the last use; 0 = never."""
 
     @property
     def is_train(self) -> bool:

@@ -6,7 +6,7 @@ from collections import Counter
 
 from buffer.memory_entry import Entry
 from buffer.prompts import MemoryPrompts, counts_of
-from buffer.remembered import RememberedIds
+from buffer.remembered import KeptForRepeats, RememberedIds
 from buffer.selectors import Fifo, Fresh, Lifo, Selector, Uniform, Weighted, draw_ranks, num_fresh, rest_of
 from buffer.staleness import age_updates, is_too_old
 from buffer.table import TableSettings
@@ -29,6 +29,7 @@ class Shelf:
         self.prompts = MemoryPrompts(settings.max_prompts)
         self.weighted = WeightedIndex(settings.weighting) if settings.weighting is not None else None
         self.remembered = RememberedIds(settings)
+        self.repeats = KeptForRepeats(settings)
         self.bytes = self._evictable_bytes = self._num_evictable = self.num_foreign = self.num_tokens = 0
         self.removed: Counter[str] = Counter()
         self.uses: Counter[int] = Counter()  # times handed out -> stored groups
@@ -74,7 +75,8 @@ class Shelf:
         self._count(entry, +1)
 
     def remove_overdue(self, now_s: float, clock: PolicyVersion) -> None:
-        """Remove what the TTL and the age gate close."""
+        """Remove what the TTL and the age gate close, and forget what no repeat can ask for any more."""
+        self.repeats.drop_overdue(now_s)
         if self._settings.ttl_s is not None:
             overdue = [e for e in self.entries.values() if e.inserted_s <= now_s - self._settings.ttl_s]
             for entry in overdue:
@@ -104,6 +106,7 @@ class Shelf:
                 if not self._by_version[oldest]:
                     del self._by_version[oldest]
         self.remembered.add(group.group_id, entry.content, now_s)
+        self.repeats.add(entry.sequence, entry.size_bytes, entry.used_s, now_s)
 
     def choose(self, selector: Selector, num_groups: int, lots: list[float]) -> list[tuple[int, float]]:
         """Return (sequence number, probability) of each chosen group."""
@@ -133,6 +136,7 @@ class Shelf:
         """Count one use of a group, its last one if the reuse limit says so."""
         self.uses[entry.uses] -= 1
         entry.uses += 1
+        entry.used_s = now_s
         self.uses[entry.uses] += 1
         if entry.uses == 1:
             del self.fresh[entry.sequence]

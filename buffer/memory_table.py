@@ -12,7 +12,7 @@ from buffer.encoded import EncodedSample
 from buffer.errors import InvalidRequest, NotFound
 from buffer.memory_entry import Entry, page_of
 from buffer.memory_shelf import Shelf
-from buffer.outcomes import Facts, no_fit, outcome_of, refusal, refused_at_sight, refused_for_version
+from buffer.outcomes import Facts, draw_lost, no_fit, outcome_of, refusal, refused_at_sight, refused_for_version
 from buffer.parts import PartialGroups, judge_late, part_result
 from buffer.prompts import PromptPage, check_page
 from buffer.rate_limiter import (
@@ -27,7 +27,7 @@ from buffer.rate_limiter import (
     may_insert,
     reuse_mean,
 )
-from buffer.remembered import RememberedDraws
+from buffer.remembered import RememberedDraw, RememberedDraws
 from buffer.selectors import check_weighting, draw_lots, num_fresh
 from buffer.table import PriorityUpdate, SampleRequest, TableSettings, TableStats
 from buffer.types import Group, InsertOutcome, InsertResult, Part, PartResult, PolicyVersion, Sample, Split
@@ -83,7 +83,11 @@ class MemoryTable:
             now_s = self._clock()
             repeated = self._draws.repeated(request, now_s)
             if repeated is not None:
-                return repeated
+                if any(
+                    s not in self._shelf.entries and s not in self._shelf.repeats.sequences for s in repeated.sequences
+                ):
+                    raise draw_lost()
+                return repeated.samples
             clock = max(request.learner_version, self._latest_version)
             self._shelf.remove_overdue(now_s, clock)
             if self._shelf.weighted is not None:
@@ -181,6 +185,8 @@ class MemoryTable:
                 part_outcomes=dict(self._part_outcomes),
                 num_partial_groups=len(self._partials),
                 partial_bytes=self._partials.size_bytes,
+                repeat_bytes=self._shelf.repeats.bytes,
+                dropped_repeats_total=self._shelf.repeats.dropped_total,
                 removed=dict(self._shelf.removed),
                 stored_versions=dict(+self._shelf.versions),
                 stored_uses=dict(+self._shelf.uses),
@@ -307,5 +313,5 @@ class MemoryTable:
         self._sampled += len(samples)
         self._learner_wait = None
         self._wanted_fresh, self._no_room = 0, False
-        self._draws.add(request, samples, now_s)
+        self._draws.add(RememberedDraw(request, now_s, [sequence for sequence, _ in chosen], samples))
         return samples

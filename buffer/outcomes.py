@@ -1,5 +1,6 @@
 """The one sentence for each refusal and each wait, the same whichever table says it."""
 
+from buffer.errors import DrawLost
 from buffer.staleness import is_too_old
 from buffer.table import TableSettings
 from buffer.types import Group, InsertOutcome, PolicyVersion, Split, Trajectory
@@ -114,4 +115,12 @@ def no_fit(num_groups: int, num_fresh: int, stored: int, stored_fresh: int, elig
     return (
         f"the table has no room for more groups and holds {stored} ({stored_fresh} fresh, {eligible} that the selector "
         f"may choose), too few for a draw of {num_groups} ({num_fresh} fresh): raise table.capacity_bytes or draw fewer"
+    )
+
+
+def draw_lost() -> DrawLost:
+    """Return what is said to the reader of a draw, or to its repeat, that comes too late."""
+    return DrawLost(
+        "groups of this draw were removed, and are no longer kept for a reader so late",
+        hint="draw under a new request_id; raise table.repeat_max_bytes, or table.repeat_window_s for slow readers",
     )

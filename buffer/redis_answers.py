@@ -21,6 +21,7 @@ DrawnEntry = tuple[str, int, int | bool, float, int]
 """member, uses, age or False, probability, bytes: what sample.lua says of a drawn group."""
 
 _COUNTERS = ["bytes", "partial_bytes", "tokens", "foreign", "inserted", "sampled", "trajectories"]
+_COUNTERS += ["repeat_bytes", "dropped_repeats"]
 _COUNTERS += ["forgotten_ids", "forgotten_prompts", "weights_left_behind", "wanted_fresh", "no_room"]
 """Integer fields of the hash `stats`; see common.lua."""
 
@@ -103,6 +104,8 @@ def stats_of(
         part_outcomes=_outcomes(fields, "part:"),
         num_partial_groups=num_open + num_sealed,
         partial_bytes=counts["partial_bytes"],
+        repeat_bytes=counts["repeat_bytes"],
+        dropped_repeats_total=counts["dropped_repeats"],
         removed=removed,
         stored_versions={int(version): int(n) for version, n in versions.items()},
         stored_uses={int(times): int(n) for times, n in uses.items()},

@@ -86,6 +86,8 @@ def check_promises(client: RedisClient, settings: RedisSettings) -> dict[str, st
         for name, allowed in wanted.items():
             option = name.replace("_", "-")
             promise = read_option(node, option)
+            if option == "maxmemory-policy" and promise == "unknown":
+                promise = _told_policy(node)
             if promise not in (*allowed, "unknown"):
                 raise InvalidSettings(
                     f"{address} runs with {option}={promise}, but this run needs {' or '.join(allowed)}",
@@ -104,6 +106,13 @@ def read_option(node: redis.Redis, name: str) -> str:
     except redis.exceptions.RedisError as error:
         raise StoreUnavailable(f"Redis does not answer: {error}", hint="check the url and that it runs") from error
     return str(values.get(name, "unknown"))
+
+
+def _told_policy(node: redis.Redis) -> str:
+    """Return the eviction policy by INFO, which most servers allow that hide their configuration."""
+    with store_errors():
+        memory: Any = node.info("memory")
+    return str(memory.get("maxmemory_policy", "unknown"))
 
 
 @contextmanager

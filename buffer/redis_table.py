@@ -12,8 +12,8 @@ import msgpack
 from buffer.browsing import GroupPage, GroupQuery, GroupSummary
 from buffer.codec import encode_group, encode_trajectory, read_group, record_hash
 from buffer.encoded import EncodedSample
-from buffer.errors import Conflict, InvalidRequest, NotFound, StoreUnavailable
-from buffer.outcomes import Facts, no_fit, refusal, refused_at_sight
+from buffer.errors import Conflict, InvalidRequest, NotFound
+from buffer.outcomes import Facts, draw_lost, no_fit, refusal, refused_at_sight
 from buffer.parts import envelope_bytes, fields_of, group_of, judge_late, limit_bytes, part_result
 from buffer.prompts import PromptPage, check_page, counts_of, prompt_page
 from buffer.rate_limiter import RateLimiterSettings, check_request, check_settings
@@ -212,10 +212,7 @@ class RedisTable:
             with store_errors():
                 bodies: Any = self._client.mget([self._scripts.key(f"body:{entry[0]}") for entry in chunk])
             if None in bodies:
-                raise StoreUnavailable(
-                    "the groups of this draw were removed before they were read",
-                    hint="draw again; raise table.repeat_window_s if the readers are so slow",
-                )
+                raise draw_lost()
             yield [
                 EncodedSample(body, float(chance), uses, None if age is False else age)
                 for body, (_, uses, age, chance, _) in zip(bodies, chunk, strict=True)

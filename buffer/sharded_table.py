@@ -191,6 +191,7 @@ def _counts(stats: PromptStats) -> PromptCounts:
 
 _SUMMED = ["num_groups", "num_fresh", "num_eval", "num_foreign", "bytes", "num_response_tokens", "inserted_total"]
 _SUMMED += ["sampled_total", "num_partial_groups", "partial_bytes", "forgotten_ids_total", "num_prompts", "reward_sum"]
+_SUMMED += ["repeat_bytes", "dropped_repeats_total"]
 _SUMMED += ["forgotten_prompts_total", "weights_left_behind_total", "num_trajectories_total", "limiter_error"]
 _MERGED = ["outcomes", "part_outcomes", "removed", "stored_versions", "stored_uses"]
 

@@ -55,6 +55,9 @@ class TableSettings(Settings):
     """Bytes of partial groups held at most, beside `capacity_bytes`; a part that goes beyond is `full`."""
     repeat_window_s: Annotated[float, Field(gt=0)] = 60.0
     """Seconds within which a repeated sample request_id returns the same draw."""
+    repeat_max_bytes: Annotated[int, Field(ge=1)] = 512 << 20
+    """Bytes of removed groups kept for such repeats at most, beside `capacity_bytes`; those whose window ends first are
+    dropped first (counted), but none of a draw that is being made. Should hold the groups of several draws."""
 
 
 class SampleRequest(Record):
@@ -111,6 +114,10 @@ class TableStats(Record):
     num_partial_groups: int
     """Groups submitted in parts that are not stored yet."""
     partial_bytes: int
+    repeat_bytes: int
+    """Bytes of removed groups that are kept for repeats of their draws."""
+    dropped_repeats_total: int
+    """Removed groups dropped before their `repeat_window_s` was over because `repeat_max_bytes` was reached."""
     removed: dict[str, int]
     """Removed groups by reason: capacity, age, age_unsampled, reuse, ttl, ttl_unsampled; all time. partial_timeout:
     groups that never had `min_group_size` trajectories."""
@@ -159,8 +166,8 @@ class ReplayTable(Protocol):
     def sample(self, request: SampleRequest) -> list[Sample]:
         """Hand out exactly `num_groups` distinct groups, or [] while the limiter or the selector cannot.
 
-        The learner calls it. Sampling does not remove, except by `reuse_limit`.
-        Raises InvalidRequest for a draw that could never be served under the limiter's settings.
+        The learner calls it. Sampling does not remove, except by `reuse_limit`. Raises InvalidRequest for a draw that
+        could never be served under the limiter's settings, DrawLost for a repeat whose groups are no longer kept.
         """
         ...
 
@@ -207,7 +214,8 @@ class ServedTable(ReplayTable, Protocol):
     def sample_encoded(self, request: SampleRequest) -> Iterator[list[EncodedSample]]:
         """Draw as `sample` does, at once, and give the groups as bytes, some at each step; nothing while it must wait.
 
-        Raises StoreUnavailable on the way when the store goes away or the reader takes longer than `repeat_window_s`.
+        Raises on the way StoreUnavailable when the store goes away, DrawLost when the reader was so slow that groups,
+        removed meanwhile, are no longer kept.
         """
         ...
 

@@ -69,6 +69,7 @@ def _table(table: TableStats) -> Iterator[Metric]:
     yield _gauge("table_partial_groups", "Groups submitted in parts that are not stored yet", table.num_partial_groups)
     yield _gauge("table_bytes", "Encoded bytes of stored groups", table.bytes)
     yield _gauge("table_partial_bytes", "Encoded bytes of partial groups", table.partial_bytes)
+    yield _gauge("table_repeat_bytes", "Encoded bytes of removed groups kept for repeats", table.repeat_bytes)
     yield _gauge("table_response_tokens", "Response tokens of stored train groups", table.num_response_tokens)
     yield _gauge("table_prompts", "Prompts with statistics", table.num_prompts)
     yield _gauge("table_reuse_mean", "Times a group was handed out, mean over those handed out", table.reuse_mean)
@@ -80,6 +81,7 @@ def _table(table: TableStats) -> Iterator[Metric]:
     yield _counters("table_part_outcomes", "Submitted parts by outcome", "outcome", table.part_outcomes)
     yield _counters("table_removed_groups", "Removed groups by reason", "reason", table.removed)
     yield _counter("table_forgotten_ids", "Ids forgotten too early", table.forgotten_ids_total)
+    yield _counter("table_dropped_repeats", "Removed groups dropped before their time", table.dropped_repeats_total)
     yield _counter("table_forgotten_prompts", "Prompts whose statistics were dropped", table.forgotten_prompts_total)
     yield _counter("table_weights_left_behind", "Groups that kept an old weight", table.weights_left_behind_total)
     ages = {version: max(0, table.latest_version - version) for version in table.stored_versions}

@@ -107,7 +107,7 @@ def _sample_operations(context: ServiceContext) -> Sequence[Operation]:
             endpoint=sample,
             body=TimedSampleRequest,
             answers={200: SampleResponse},
-            problems=(406, 409, 413, 415, 422, 503),
+            problems=(406, 409, 410, 413, 415, 422, 503),
         ),
         Operation(
             route="POST /v1/priorities",

@@ -19,6 +19,7 @@ from pathlib import Path
 from buffer.errors import InvalidSettings, StoreUnavailable
 from buffer.heap import keep_freed_memory
 from buffer.redis_client import RedisClient, check_promises, connect
+from buffer.redis_memory import check_memory
 from buffer.redis_server import redis_server
 from buffer.redis_shards import claim_shards
 from services.address import remove_address, write_address
@@ -38,7 +39,8 @@ def run_service(config: RunConfig) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Raises InvalidSettings (a port in use, no token on an open bind, a directory that cannot be written, a Redis that
-    promises too little), StoreUnavailable (Redis does not answer, or our own one died) and ChildFailed (workers die).
+    promises or holds too little), StoreUnavailable (Redis does not answer, or our own one died) and ChildFailed
+    (workers die).
     """
     keep_freed_memory()
     service, directory = config.service, config.run.directory
@@ -50,6 +52,7 @@ def run_service(config: RunConfig) -> None:
         redis_url = service.redis_url or stack.enter_context(redis_server(directory / "redis", config.redis))
         client = stack.enter_context(connect(redis_url))
         promises = check_promises(client, config.redis)
+        check_memory(client, config.table, config.run.name)
         claim_shards(client, config.table.shards, config.run.name)
         context = assemble(config, client, promises)
         take_up(context)

@@ -13,6 +13,7 @@
 --   trajectories, reward_sum   of the train groups ever accepted
 --   result:<code>          insert attempts by result (outcomes.py), all time; part:<code> of single trajectories
 --   partial_bytes          bytes of all partial groups
+--   repeat_bytes           bytes of the bodies in `repeats`; dropped_repeats: bodies dropped by repeat_max_bytes
 --   removed:<reason>       removed groups, all time
 --   forgotten_ids          ids dropped from `remembered` by dedup_max_ids
 --   forgotten_prompts      prompts dropped by max_prompts; weights_left_behind: see TableStats
@@ -23,8 +24,9 @@
 -- uses           hash    times handed out -> stored train groups
 -- sequences      hash    group_id -> member, the name of a stored group in all keys below: its sequence number in 14 digits,
 --                        padded, so that ties of a score go to the oldest
--- body:<member>  string  canonical msgpack of the group (codec.py). That of a removed group that was handed out lives on
---                        until repeat_window_s after that, for a repeat of the request
+-- body:<member>  string  canonical msgpack of the group (codec.py)
+-- repeats        zset    bodies of removed groups that were handed out, kept for a repeat of the request: member and bytes
+--                        as `<member>:<bytes>`, score = when the body goes: REREAD_S after repeat_window_s from its last use
 -- incoming:<sender>:<number>  string  body of a group whose insert follows at once; expires
 -- facts          hash    member -> struct <dddddB of what changes or decides about draws: weight (weighting.lua; 0 without
 --                        one), oldest version (-1 = none), bytes, uses, time of the last use (0 = never), 1 = train
@@ -70,6 +72,7 @@ local prefix = KEYS[1]
 local settings = cmsgpack.unpack(ARGV[1])
 local now = ARGV[2]
 local BATCH = 1000 -- most groups that one script call removes for their age
+local REREAD_S = 5 -- what a repeat at the end of its window has to read the bodies
 local STACK = 1000 -- most arguments of a call that come from a list: what fits on Lua's stack
 
 local function key(name)
@@ -226,6 +229,36 @@ local function count_train(uses, tokens, foreign, version, change)
   end
 end
 
+local function drop_body(entry)
+  local member, bytes = string.match(entry, '(%d+):(%d+)')
+  redis.call('UNLINK', key('body:' .. member))
+  redis.call('ZREM', key('repeats'), entry)
+  add_stat('repeat_bytes', -bytes)
+end
+
+local function drop_overdue_bodies()
+  for _, entry in ipairs(redis.call('ZRANGEBYSCORE', key('repeats'), '-inf', now, 'LIMIT', 0, BATCH)) do
+    drop_body(entry)
+  end
+end
+
+-- Keep the body of a removed group for repeats. Beyond repeat_max_bytes those go that would go soonest, but none that
+-- was handed out at this very moment: nobody has read it yet.
+local function keep_for_repeats(member, bytes, used_s)
+  local life_s = settings.table.repeat_window_s + REREAD_S
+  redis.call('ZADD', key('repeats'), string.format('%.17g', used_s + life_s), member .. ':' .. integer(bytes))
+  redis.call('PEXPIRE', key('body:' .. member), math.ceil(1000 * (used_s + life_s - now)))
+  add_stat('repeat_bytes', bytes)
+  while stat('repeat_bytes') > settings.table.repeat_max_bytes do
+    local entry, score = unpack(redis.call('ZRANGE', key('repeats'), 0, 0, 'WITHSCORES'))
+    if tonumber(score) >= now + life_s then
+      return
+    end
+    drop_body(entry)
+    add_stat('dropped_repeats', 1)
+  end
+end
+
 local leave_weighted -- function(member, prompt_id) of weighting.lua: take a train group out of the weighted index
 
 -- Take a group out of the table. Age and TTL count a train group that nobody used apart.
@@ -250,9 +283,8 @@ local function remove(member, reason)
     reason = reason .. '_unsampled'
   end
   add_stat('removed:' .. reason, 1)
-  local repeatable_s = group[USED_S] > 0 and group[USED_S] + settings.table.repeat_window_s - tonumber(now) or 0
-  if repeatable_s > 0 then
-    redis.call('PEXPIRE', key('body:' .. member), math.ceil(1000 * repeatable_s) + 5000)
+  if group[USED_S] > 0 and group[USED_S] + settings.table.repeat_window_s > tonumber(now) then
+    keep_for_repeats(member, group[BYTES], group[USED_S])
   else
     redis.call('UNLINK', key('body:' .. member))
   end
@@ -261,9 +293,11 @@ local function remove(member, reason)
   facts[member], changed_facts[member] = nil, nil
 end
 
--- Remove what the TTL and the age gate close, at most BATCH groups; return whether more may be left.
+-- Remove what the TTL and the age gate close, at most BATCH groups, and bodies that no repeat can ask for any more;
+-- return whether more groups may be left.
 local function remove_overdue(clock)
   local left = BATCH
+  drop_overdue_bodies()
   if settings.table.ttl_s then
     for _, index in ipairs({ 'train', 'eval' }) do
       while left > 0 do

@@ -5,7 +5,8 @@
 --         would have to wait is never made here, under this request_id
 -- ARGV[4] the request as one string: a repeat must be equal to the draw that it repeats
 -- Returns {'drawn', cmsgpack {members, uses, ages (false for data without a version), probabilities, bytes}}, five lists;
---         the caller then reads the bodies, which stay at least repeat_window_s whatever becomes of the groups;
+--         the caller then reads the bodies, which stay for repeat_window_s whatever becomes of the groups, unless
+--         repeat_max_bytes drops them;
 --         {'again'} when more overdue groups must be removed, or other work done, first; {'conflict'} for a reused request_id;
 --         {'open', weight, reference} to a look: the weight that it may choose from is weight x 2 ^ reference; {'left'};
 --         {<code of rate_limiter.draw_blocked>, stored, stored fresh, eligible}.

@@ -186,6 +186,20 @@ def test_promises_are_read_from_the_live_server_and_must_hold(tmp_path: Path) ->
     assert promises == {"appendonly": "yes", "appendfsync": "everysec", "maxmemory_policy": "noeviction"}
 
 
+def test_a_policy_that_evicts_is_refused_even_where_the_configuration_is_hidden(tmp_path: Path) -> None:
+    with redis_server(tmp_path, RedisSettings(appendfsync="everysec")) as url, connect(url) as client:
+        client.acl_setuser(
+            "managed", enabled=True, passwords=["+secret"], keys=["*"], categories=["+@all"], commands=["-config"]
+        )
+        with connect(url.replace("unix://", "unix://managed:secret@")) as hidden:
+            promises = check_promises(hidden, ALWAYS)
+            client.config_set("maxmemory-policy", "volatile-lru")
+            with pytest.raises(InvalidSettings, match="maxmemory-policy=volatile-lru, but this run needs noeviction"):
+                check_promises(hidden, ALWAYS)
+
+    assert promises == {"appendonly": "unknown", "appendfsync": "unknown", "maxmemory_policy": "noeviction"}
+
+
 def test_url_that_is_none_is_refused() -> None:
     with pytest.raises(InvalidSettings, match="redis url 'localhost'"):
         connect("localhost")

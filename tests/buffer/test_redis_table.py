@@ -135,16 +135,21 @@ def test_two_runs_on_one_redis_do_not_meet(client: RedisClient) -> None:
     assert (one.stats().num_groups, other.stats().num_groups) == (1, 0)
 
 
-def test_all_keys_of_a_table_share_one_hash_slot_and_nothing_stays_of_removed_groups(client: RedisClient) -> None:
-    table = open_table(client, TableSettings(reuse_limit=1, repeat_window_s=0.001, max_age_updates=0))
+def test_all_keys_of_a_table_share_one_hash_slot_and_nothing_stays_of_removed_groups(
+    client: RedisClient, clock: Clock
+) -> None:
+    table = RedisTable(client, TableSettings(reuse_limit=1, max_age_updates=0), OPEN, RUN_ID, clock=clock)
+    table.advance_version(0)
     table.insert([make_group(f"g{i}", prompt_id=f"p{i % 3}") for i in range(20)])
     for i in range(10):
         table.sample(request(f"r{i}"))
+    clock.advance(65)
     table.advance_version(1)
 
     keys = {key.decode() for key in client.scan_iter()}
 
     assert all(key.startswith(f"sw:{{{RUN_ID}:0}}:") for key in keys)
+    assert not any(":body:" in key for key in keys)
     lasting = {key.rsplit(":", 1)[-1] for key in keys if client.pttl(key) == -1}
     assert lasting == {"stats", "remembered", "remembered_at", "prompts", "prompt_ids", "prompts_seen"}
 

@@ -68,6 +68,7 @@ def tables(draw: st.DrawFn, limiter: RateLimiterSettings) -> TableSettings:
         foreign_share=draw(st.sampled_from([0.0, 0.5, 1.0])),
         dedup_window_s=draw(st.sampled_from([20.0, 1e6])),
         repeat_window_s=15.0,
+        repeat_max_bytes=GROUP_BYTES * draw(st.sampled_from([1, 3, 1000])),
         partial_group_timeout_s=40.0,
         partial_max_groups=draw(st.sampled_from([2, 100])),
         partial_max_bytes=GROUP_BYTES * draw(st.sampled_from([4, 1000])),

@@ -123,6 +123,8 @@ def test_every_counter_is_true_after_a_mixed_history(make_table: TableFactory, c
         part_outcomes={"pending": 1},
         num_partial_groups=1,
         partial_bytes=len(encode_trajectory(parts_of("p", size=2)[0].trajectory)),
+        repeat_bytes=len(encode_group(make_group("a", version=1, rewards=(1.0, 0.5)))),
+        dropped_repeats_total=0,
         removed={"reuse": 1},
         forgotten_ids_total=0,
         num_prompts=1,

@@ -12,6 +12,8 @@ import pytest
 
 from buffer.connection import ServiceClient
 from buffer.errors import Forbidden
+from buffer.redis_memory import most_memory_bytes
+from buffer.table import TableSettings
 from services.settings import load_config
 from tests.deploy.compose import COMPOSE, REPOSITORY, defaults, machine, profile
 
@@ -48,6 +50,13 @@ def test_the_cpu_profile_is_the_default_and_consists_of_the_four_roles() -> None
     )
 
     assert set(profile(default["COMPOSE_PROFILES"])) == {"tokens", "redis", "service", "learner", "actor"}
+
+
+def test_redis_may_take_what_a_table_of_the_default_size_takes_at_most() -> None:
+    command = COMPOSE["services"]["redis"]["command"]
+    gibibytes = int(command[command.index("--maxmemory") + 1].removesuffix("gb"))
+
+    assert gibibytes << 30 > most_memory_bytes(TableSettings(), 1)
 
 
 @pytest.mark.parametrize("name", COMPOSE["services"])
