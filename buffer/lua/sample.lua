@@ -124,7 +124,6 @@ local function add_by_clock(chosen, chances)
     renewed[2 * i - 1], renewed[2 * i] = time + (lots[i] + owed) / weight, member
   end
   call_many('ZADD', 'weighted', renewed)
-  start_over_if_worn()
 end
 
 -- A selector adds to a choice until it is complete.
@@ -244,7 +243,7 @@ local function main()
   read_stats('latest_version', 'inserted', 'removed:age_unsampled', 'removed:ttl_unsampled', 'sampled', 'wanted_fresh',
     'no_room', 'learner_wait_code', 'learner_wait_since_s', 'learner_wait_last_s')
   local clock = math.max(request.learner_version, latest_version())
-  if remove_overdue(clock) or weighting and (wake(clock) or move_clocks()) then
+  if remove_overdue(clock) or weighting and (wake(clock) or move_clocks() or start_over_if_worn()) then
     return { 'again' }
   end
   local pace = read_pace()

@@ -100,9 +100,10 @@ local function move_clocks()
   return #members == BATCH
 end
 
+-- Start the line over if it is worn, with no clock left on the one before; return whether it did.
 local function start_over_if_worn()
   if line.time * line.total <= FINEST and line.total * DEEPEST_FALL >= line.peak then
-    return
+    return false
   end
   if redis.call('EXISTS', key('weighted')) == 1 then
     redis.call('RENAME', key('weighted'), key('weighted_old'))
@@ -115,6 +116,7 @@ local function start_over_if_worn()
   if weighting.by == 'recency' then
     set_line('reference', math.max(0, latest_version()) / weighting.half_life_updates)
   end
+  return true
 end
 
 -- Place a group by rank, behind the groups that are smaller by the negative of what ranks first.

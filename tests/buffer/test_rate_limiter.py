@@ -100,6 +100,12 @@ def test_error_buffer_that_could_block_both_sides_is_refused(ratio: float, error
         RateLimiterSettings(samples_per_insert=ratio, error_buffer=error_buffer)
 
 
+@pytest.mark.parametrize("setting", [{"min_size": 0}, {"min_size": -1}, {"samples_per_insert": 0.0}])
+def test_a_limiter_that_could_never_let_anything_pass_is_refused(setting: dict[str, float]) -> None:
+    with pytest.raises(ValidationError, match="greater than"):
+        RateLimiterSettings.model_validate(setting)
+
+
 @pytest.mark.parametrize(
     ("selector", "num_groups", "expected"),
     [

@@ -17,7 +17,9 @@ from buffer.rate_limiter import RateLimiterSettings
 from buffer.redis_client import RedisClient, check_promises, connect
 from buffer.redis_server import RedisSettings, redis_server
 from buffer.redis_table import RedisTable
-from buffer.table import TableSettings
+from buffer.selectors import Fifo, Selector, Weighted
+from buffer.table import SampleRequest, TableSettings
+from buffer.weighting import PriorityWeighting
 from tests.factories import RUN_ID, make_group
 
 ALWAYS = RedisSettings(appendfsync="always")
@@ -98,6 +100,40 @@ def test_every_accepted_group_survives_kill_9_of_redis_exactly_once(tmp_path: Pa
         stats = table.stats()
         # a group may be stored whose answer the kill cut off; the counters describe exactly what is there
         assert stats.num_groups == stats.inserted_total == stats.stored_uses[0] >= len(accepted)
+
+
+def test_a_restart_finds_order_uses_weights_and_pace_as_they_were(tmp_path: Path) -> None:
+    settings = TableSettings(weighting=PriorityWeighting(exponent=1.0), reuse_limit=3)
+    limiter = RateLimiterSettings(samples_per_insert=1.5, min_size=2, error_buffer=3)
+
+    def drawn(table: RedisTable, selector: Selector, request_id: str) -> dict[str, tuple[float, int]]:
+        request = SampleRequest(num_groups=2, learner_version=0, request_id=request_id, selector=selector)
+        return {s.group.group_id: (s.info.probability, s.info.times_sampled) for s in table.sample(request)}
+
+    with redis_server(tmp_path, ALWAYS) as url:
+        table = RedisTable(connect(url), settings, limiter, RUN_ID)
+        table.advance_version(0)
+        table.insert([make_group(name) for name in "abc"])
+        table.update_priorities({"a": 1.0, "b": 3.0, "c": 4.0})
+        first = drawn(table, Fifo(), "r0")
+        held = table.insert([make_group("d"), make_group("e"), make_group("f")])
+        before = table.stats()
+        os.kill(pid_of(connect(url)), signal.SIGKILL)
+
+    with redis_server(tmp_path, ALWAYS) as url:
+        table = RedisTable(connect(url), settings, limiter, RUN_ID)
+        after = table.stats()
+        again, second = drawn(table, Fifo(), "r0"), drawn(table, Fifo(), "r1")
+        weighted = drawn(table, Weighted(by="priority"), "r2")
+
+    assert [result.outcome.value for result in held] == ["accepted", "accepted", "full"]
+    assert after.model_copy(update={"waits": before.waits}) == before
+    assert again == first == {"a": (1.0, 1), "b": (1.0, 1)}
+    assert second == {"a": (1.0, 2), "b": (1.0, 2)}
+    weights = {"a": 1.0, "b": 3.0, "c": 4.0, "d": 4.0, "e": 4.0}  # new groups enter with the largest one posted
+    assert {name: chance for name, (chance, _) in weighted.items()} == {
+        name: pytest.approx(weights[name] / 16) for name in weighted
+    }
 
 
 def test_kill_9_of_an_inserting_client_leaves_whole_groups_only(tmp_path: Path) -> None:

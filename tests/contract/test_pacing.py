@@ -191,3 +191,45 @@ def test_fresh_draws_at_one_sample_per_insert_flow_for_ever(make_table: TableFac
 
     assert len(drawn) >= 30
     assert len(set(drawn)) == len(drawn)
+
+
+def test_a_table_can_be_a_queue_that_blocks_at_both_ends(make_table: TableFactory) -> None:
+    limiter = RateLimiterSettings(samples_per_insert=1, min_size=1, error_buffer=2)
+    table = make_table(TableSettings(reuse_limit=1), limiter)
+
+    blocked = insert(table, *map(make_group, "abcd"))
+    taken = [ids(draw(table, 1)) for _ in range(2)]
+    unblocked = insert(table, make_group("d"))
+    taken += [ids(draw(table, 1)) for _ in range(3)]
+
+    assert blocked == ["accepted", "accepted", "accepted", "full"]
+    assert unblocked == ["accepted"]
+    assert taken == [["a"], ["b"], ["c"], ["d"], []]
+    assert table.stats().num_groups == 0
+
+
+def test_removals_below_min_size_close_the_draws_until_an_insert_opens_them(make_table: TableFactory) -> None:
+    limiter = RateLimiterSettings(samples_per_insert=1, min_size=3, error_buffer=5)
+    table = make_table(TableSettings(reuse_limit=2), limiter)
+    insert(table, *map(make_group, "abc"))
+
+    drawn = [ids(draw(table, 1)) for _ in range(3)]  # a leaves after its second use
+    insert(table, make_group("d"))
+    drawn.append(ids(draw(table, 1)))
+
+    assert drawn == [["a"], ["a"], [], ["b"]]
+
+
+def test_removals_below_min_size_open_the_inserts_however_far_they_are_ahead(make_table: TableFactory) -> None:
+    limiter = RateLimiterSettings(samples_per_insert=5, min_size=2, error_buffer=10)
+    table = make_table(TableSettings(max_age_updates=0), limiter)
+    insert(table, *map(make_group, "abcd"))
+    for _ in range(2):
+        draw(table, 2)
+
+    ahead = insert(table, make_group("e"))
+    table.advance_version(1)  # removes c and d as never used, a and b as used: those stay counted
+
+    assert ahead == ["full"]
+    assert table.stats().removed == {"age": 2, "age_unsampled": 2}
+    assert insert(table, make_group("f", version=1)) == ["accepted"]

@@ -4,14 +4,16 @@ from collections import Counter
 
 import pytest
 
+from buffer.codec import encode_group
 from buffer.errors import Conflict, InvalidRequest
 from buffer.rate_limiter import RateLimiterSettings
-from buffer.selectors import Fifo, Fresh, Mix, Selector, Uniform
+from buffer.selectors import Fifo, Fresh, Lifo, Mix, Selector, Uniform, Weighted
 from buffer.table import TableSettings
+from buffer.weighting import DifficultyWeighting, PriorityWeighting, RankWeighting, RecencyWeighting, Weighting
 from tests.conftest import Clock
 from tests.contract.conftest import TableFactory
 from tests.contract.helpers import draw, ids, insert
-from tests.factories import make_group
+from tests.factories import make_group, make_trajectory
 
 BATCHES = RateLimiterSettings(samples_per_insert=1, min_size=4, error_buffer=1e9)
 
@@ -55,6 +57,48 @@ def test_uniform_probability_is_one_over_the_sampleable_groups(make_table: Table
 
     assert [sample.info.probability for sample in draw(table, 2, Uniform())] == [1 / 8, 1 / 8]
     assert [sample.info.probability for sample in draw(table, 2, Fifo())] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(("selector", "order"), [(Fifo(), 1), (Lifo(), -1)], ids=["fifo", "lifo"])
+def test_order_of_insertion_holds_over_the_gaps_of_groups_that_left(
+    make_table: TableFactory, selector: Selector, order: int
+) -> None:
+    table = make_table(TableSettings(max_age_updates=1, reuse_limit=1), latest_version=1)
+    insert(table, *[make_group(f"g{i:02}", version=0 if i % 5 == 0 else 1) for i in range(20)])
+    table.advance_version(2)
+
+    drawn = [draw(table, 1, selector) for _ in range(16)]
+
+    assert [ids(samples) for samples in drawn] == [[f"g{i:02}"] for i in range(20) if i % 5][::order]
+    assert {samples[0].info.probability for samples in drawn} == {1.0}
+
+
+@pytest.mark.parametrize(
+    "weighting",
+    [
+        PriorityWeighting(),
+        RecencyWeighting(half_life_updates=2.0),
+        DifficultyWeighting(),
+        RankWeighting(decay_per_use=0.5),
+    ],
+    ids=lambda weighting: weighting.by,
+)
+def test_a_batch_is_diverse_and_each_group_in_it_is_the_one_that_was_stored(
+    make_table: TableFactory, weighting: Weighting
+) -> None:
+    table = make_table(TableSettings(weighting=weighting), RateLimiterSettings(min_size=8, error_buffer=1e9))
+    stored = {
+        f"g{i}": make_group(f"g{i}", prompt_id=f"p{i}", trajectories=[make_trajectory(response_ids=[i + 1] * (i + 1))])
+        for i in range(24)
+    }
+    insert(table, *stored.values())
+
+    for selector in (Fresh(), Fifo(), Lifo(), Uniform(), Mix(fresh=0.25), Weighted(by=weighting.by)):
+        samples = draw(table, 8, selector)
+        assert len({sample.group.group_id for sample in samples}) == 8, selector
+        assert len({bytes(sample.group.trajectories[0].response_ids) for sample in samples}) == 8, selector
+        for sample in samples:
+            assert encode_group(sample.group) == encode_group(stored[sample.group.group_id])
 
 
 @pytest.mark.parametrize("rest", [Fifo(), Uniform()], ids=lambda rest: rest.kind)
@@ -157,10 +201,18 @@ def test_an_empty_answer_is_not_remembered(make_table: TableFactory) -> None:
 
 
 def test_age_is_learner_version_minus_the_oldest_span(make_table: TableFactory) -> None:
-    table = make_table(limiter=RateLimiterSettings(min_size=2, error_buffer=1e9), latest_version=5)
-    insert(table, make_group("a", version=2), make_group("b", version=5))
+    limiter = RateLimiterSettings(min_size=3, error_buffer=1e9)
+    table = make_table(TableSettings(foreign_share=1.0), limiter, latest_version=5)
+    insert(table, make_group("a", version=2), make_group("b", version=5), make_group("f", version=None))
 
-    assert [sample.info.age_updates for sample in draw(table, 2, learner_version=7)] == [5, 2]
+    assert [sample.info.age_updates for sample in draw(table, 3, learner_version=7)] == [5, 2, None]
+
+
+def test_without_a_gate_no_age_is_too_old(make_table: TableFactory) -> None:
+    table = make_table()
+    insert(table, make_group("a"))
+
+    assert draw(table, 1, learner_version=1_000_000)[0].info.age_updates == 1_000_000
 
 
 def test_age_is_measured_from_the_published_version_when_the_learner_reports_an_older_one(

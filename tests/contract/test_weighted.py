@@ -75,6 +75,20 @@ def test_stated_probability_is_weight_over_total_eligible_weight(make_table: Tab
     assert stated == pytest.approx({"a": 2 / 11, "b": 4 / 11, "d": 1 / 11, "e": 4 / 11})
 
 
+def test_a_tiny_weight_is_not_lost_in_the_rounding_of_large_ones_that_left(make_table: TableFactory) -> None:
+    table = make_table(PROPORTIONAL)
+    insert(table, make_group("tiny"), *[make_group(f"g{i}") for i in range(200)])
+    table.update_priorities({f"g{i}": 0.3 for i in range(200)} | {"tiny": 1e-15})
+    for _ in range(4):
+        draw(table, 1, PRIORITY)
+
+    table.update_priorities({f"g{i}": 0.0 for i in range(200)})
+    drawn = draw(table, 1, PRIORITY)
+
+    assert ids(drawn) == ["tiny"]
+    assert drawn[0].info.probability == pytest.approx(1.0)
+
+
 def test_a_changed_weight_changes_the_frequencies_at_once(make_table: TableFactory) -> None:
     table = make_table(PROPORTIONAL)
     insert(table, *map(make_group, "abcd"))
