@@ -27,6 +27,12 @@ class TrustRegionClosed(StalewiseError):
     exit_code = 5
 
 
+class RankLost(StalewiseError):
+    """Another rank of the same learner is gone: what can be known of it stands in its own log."""
+
+    exit_code = 6
+
+
 class CorruptCheckpoint(StalewiseError):
     """A checkpoint directory is not one that this learner wrote for this model."""
 

@@ -1,5 +1,7 @@
 """The learner's loop: sample, step, publish, checkpoint; no tensor is touched here.
 
+With several ranks the first one runs it, and announces to the others what they do with it (learner.following).
+
 | waits for | produces | unblocked by | on shutdown |
 |---|---|---|---|
 | a batch; the limiter's minimum | a step, then a version | actors inserting | finish the step, publish, checkpoint |
@@ -10,19 +12,22 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, cast
 
 from buffer.errors import InvalidSettings, ServiceUnreachable, StalewiseError, StoreUnavailable
 from buffer.table import Wait
 from buffer.trained import TrainedGroup
+from buffer.types import PolicyVersion
 from learner.admission import Admission
 from learner.checkpoint import Checkpoints
 from learner.collate import collate
+from learner.distributed import ALONE, Ranks
 from learner.errors import TooManySkips
+from learner.following import Order, begin_version
 from learner.publisher import Publisher
 from learner.sampling import Draw, Prefetcher
 from learner.settings import LearnerSettings
-from learner.snapshot import take_snapshot
 from learner.step import SKIPPED, Progress, Trainer
 from learner.trained import trained_groups
 
@@ -46,12 +51,17 @@ class Reporter(Protocol):
         ...
 
 
-def take_up(trainer: Trainer, checkpoints: Checkpoints, publisher: Publisher, *, resume: bool) -> None:
+def take_up(
+    trainer: Trainer, checkpoints: Checkpoints, publisher: Publisher, *, resume: bool, ranks: Ranks = ALONE
+) -> None:
     """Bring the trainer to where its run goes on, with a clock above every published version.
 
-    Raises InvalidSettings when the run was begun before and `resume` is not asked for.
+    Raises InvalidSettings when the run was begun before and `resume` is not asked for. With several ranks all of them
+    make this call, and the first one looks where that is.
     """
-    latest, newest = publisher.latest_version(), checkpoints.newest()
+    found = (publisher.latest_version(), _text(checkpoints.newest())) if ranks.is_first else None
+    latest, newest_text = cast("tuple[PolicyVersion | None, str | None]", ranks.from_first(found))
+    newest = None if newest_text is None else Path(newest_text)
     if not resume:
         if latest is not None or newest is not None:
             raise InvalidSettings(
@@ -66,6 +76,10 @@ def take_up(trainer: Trainer, checkpoints: Checkpoints, publisher: Publisher, *,
         log.warning("version %d is published but there is no checkpoint: starting from the initial weights", latest)
     if latest is not None and latest >= trainer.progress.clock:
         trainer.progress = replace(trainer.progress, clock=latest + 1)
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 class LearnerLoop:
@@ -83,6 +97,7 @@ class LearnerLoop:
         settings: LearnerSettings,
         stop: threading.Event,
         now: Callable[[], float],
+        ranks: Ranks = ALONE,
     ) -> None:
         self._trainer = trainer
         self._prefetcher = prefetcher
@@ -93,6 +108,7 @@ class LearnerLoop:
         self._settings = settings
         self._stop = stop
         self._now = now
+        self._ranks = ranks
         self._dropped: Counter[str] = Counter()
         self._mishaps: Counter[str] = Counter()
         self._skipped_in_a_row = 0
@@ -110,13 +126,14 @@ class LearnerLoop:
         try:
             self._publish()
             self._train()
-            self._publisher.flush()
+            self._flush()
             self._publish()
-            self._publisher.flush()
+            self._flush()
         except (ServiceUnreachable, StoreUnavailable):
             self._save()  # the weights are good: a service that is away must not cost the work since the last one
             raise
         self._save()
+        self._ranks.from_first(Order.END.value)
 
     def _train(self) -> None:
         with self._prefetcher:
@@ -136,6 +153,7 @@ class LearnerLoop:
         """
         next_report_s = SILENT_WAIT_S
         while not self._stop.is_set():
+            self._ranks.from_first(Order.WAIT.value)
             drawn = self._take()
             if drawn is not None and (admitted := self._admit(drawn)) is not None:
                 return admitted
@@ -176,6 +194,7 @@ class LearnerLoop:
         self._reporter.waiting(self._trainer.progress, Wait(who="learner", since_s=waited_s, reason=reason))
 
     def _update(self, draw: Draw, *, waited_s: float) -> None:
+        self._ranks.from_first(draw.batch)
         try:
             metrics = self._trainer.update(draw.batch)
         except tuple(SKIPPED) as error:
@@ -218,16 +237,20 @@ class LearnerLoop:
         self._owed = clock != self._published_clock and not self._publisher.idle
         self._coalesced += self._owed
         if clock != self._published_clock and not self._owed:
-            snapshot = take_snapshot(
-                self._trainer.policy,
-                dtype=self._settings.publish_dtype,
-                tolerance_nats=self._settings.probe_tolerance_nats,
-            )
-            self._publisher.begin(snapshot, version=clock)
+            self._publisher.flush()  # raises what became of the version before, while no rank has begun another
+            self._ranks.from_first(Order.PUBLISH.value)
+            begin_version(self._trainer, self._publisher, self._settings, ranks=self._ranks)
             self._published_clock = clock
+
+    def _flush(self) -> None:
+        """Wait until nothing is on its way. Raises what became of it."""
+        while not self._publisher.settled(POLL_S):
+            self._ranks.from_first(Order.WAIT.value)
+        self._publisher.flush()
 
     def _save(self) -> None:
         updates = self._trainer.progress.updates
         if updates != self._saved_updates:
+            self._ranks.from_first(Order.SAVE.value)
             log.info("checkpoint %s", self._checkpoints.save(self._trainer))
             self._saved_updates = updates

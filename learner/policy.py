@@ -157,6 +157,11 @@ class Policy:
         of_tokens = self.scorer(join(batch, rows), drawn, frozenset({Column.FIRST_LOGIT}))
         return of_tokens[LOGPROBS], of_tokens[CHOSEN_LOGIT][starts(batch, rows).to(self.model.device)]
 
+    @torch.no_grad()
+    def probe_logits(self, token_ids: Tensor) -> Tensor:
+        """Return transformers' own logits [1, S, V] of one sequence [1, S] int64, float32: what an engine computes."""
+        return self.scorer.logits(token_ids)
+
     def _descend(self, batch: Batch, rows: Tensor, gradients: dict[str, Tensor]) -> None:
         """Score `rows` again and take the known gradients [n] of their scores on to the parameters."""
         self._run(batch, rows, frozenset(), gradients=gradients)["descent"].backward()  # type: ignore[no-untyped-call]

@@ -58,6 +58,11 @@ class Scorer(nn.Module):
             return scores(hidden, output.weight, output.bias, drawn, wanted, self._head_shape)
         return {"descent": descent(hidden, output.weight, output.bias, drawn, gradients, self._head_shape)}
 
+    def logits(self, token_ids: Tensor) -> Tensor:
+        """Return transformers' own logits [1, S, V] of one sequence [1, S], in the weights' precision."""
+        logits: Tensor = self.model(input_ids=token_ids, use_cache=False).logits
+        return logits
+
     def _hidden(self, packed: Packed) -> Tensor:
         """[S, H]: what predicts the token after each one."""
         device = self.model.device

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from learner.collate import Batch
@@ -47,6 +47,7 @@ class ShardedPolicy(Policy):
             if isinstance(module, GradientCheckpointingLayer):
                 fully_shard(module, mesh=mesh)
         self._root = fully_shard(self.scorer, mesh=mesh)
+        register_fsdp_forward_method(self._root, "logits")
 
     def frozen_copy(self) -> Policy:
         """Return a copy without gradients, split in the same way."""
@@ -97,6 +98,13 @@ class ShardedPolicy(Policy):
             logprobs[mine.repeat_interleave(batch.mask[rows].sum(-1)).to(logprobs.device)] = logprobs_of_own
             firsts[mine.to(firsts.device)] = firsts_of_own
         return self._ranks.sum(logprobs), self._ranks.sum(firsts)
+
+    @torch.no_grad()
+    def probe_logits(self, token_ids: Tensor) -> Tensor:
+        """See Policy: each rank computes the same."""
+        logits = super().probe_logits(token_ids)
+        self._root.reshard()
+        return logits
 
     def _bins(self, batch: Batch, rows: Sequence[int]) -> list[list[int]]:
         """Return micro-batches, the same list on all ranks: rank r runs r, r + size, and so on, as many as each."""

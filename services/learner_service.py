@@ -1,4 +1,4 @@
-"""`stalewise learn`: one learner process, from its settings to a clean end."""
+"""`stalewise learn`: one learner, from its settings to a clean end; under torchrun, one rank of it."""
 
 import logging
 import math
@@ -29,7 +29,9 @@ from buffer.types import Sample
 from buffer.wire import LearnerReport
 from learner.admission import Admission
 from learner.checkpoint import Checkpoints
+from learner.distributed import Ranks, joined
 from learner.evaluation import EvaluationWatch
+from learner.following import follow
 from learner.loop import LearnerLoop, take_up
 from learner.lora import AdapterPolicy
 from learner.objectives.acceptance import acceptance_sentence
@@ -40,6 +42,7 @@ from learner.policy import Policy
 from learner.publisher import Publisher
 from learner.run_log import RunLog
 from learner.sampling import Prefetcher, selector_schedule
+from learner.sharding import ShardedPolicy
 from learner.step import Progress, Trainer
 from services.model_dir import local_model_dir
 from services.settings import RunConfig, connect, log_settings
@@ -100,53 +103,85 @@ class ServiceReporter:
 def run_learner(config: RunConfig, *, resume: bool) -> None:
     """Train until `learner.total_updates`, or until SIGTERM or SIGINT, which finish the step, publish and save.
 
-    Raises InvalidSettings, RunMismatch, CorruptCheckpoint, ServiceUnreachable, and what ends the loop.
+    Under torchrun all ranks make this call; the first one talks to the service for all, the others send their weights.
+    Raises InvalidSettings, RunMismatch, CorruptCheckpoint, ServiceUnreachable, RankLost, and what ends the loop.
     """
     keep_freed_memory()
     torch.set_num_threads(config.learner.threads)
     torch.manual_seed(config.run.seed)
     transformers_logging.disable_progress_bar()
-    log_settings(config)
-    objective = build_objective(config.learner.objective.name, config.learner.objective.options)
-    model_dir = local_model_dir(config.run.model)
+    with joined() as ranks:
+        _check_ranks(config, ranks)
+        if ranks.is_first:
+            log_settings(config)
+        objective = build_objective(config.learner.objective.name, config.learner.objective.options)
+        model_dir = local_model_dir(config.run.model)
+        with ExitStack() as stack:
+            _learn(config, model_dir, objective, ranks=ranks, resume=resume, stack=stack)
+
+
+def _learn(
+    config: RunConfig, model_dir: Path, objective: Objective, *, ranks: Ranks, resume: bool, stack: ExitStack
+) -> None:
+    stop = stack.enter_context(_stop_on_signals())  # the first rank stops; the others go on with it to its end
+    client = stack.enter_context(closing(connect(config, stopping=stop)))
     fingerprint = model_fingerprint(model_dir)
-    with ExitStack() as stack:
-        stop = stack.enter_context(_stop_on_signals())
-        client = stack.enter_context(closing(connect(config, stopping=stop)))
-        _check_run(client, config, fingerprint)
-        trainer = _make_trainer(config, model_dir, objective)
-        checkpoints = Checkpoints(
-            config.run.directory / "learner" / "checkpoints",
-            keep=config.learner.keep_checkpoints,
-            model_fingerprint=fingerprint,
-            resolved_settings=config.model_dump(mode="json"),
+    _check_run(client, config, fingerprint)
+    trainer = _make_trainer(config, model_dir, objective, ranks)
+    checkpoints = Checkpoints(
+        config.run.directory / "learner" / "checkpoints",
+        keep=config.learner.keep_checkpoints,
+        model_fingerprint=fingerprint,
+        resolved_settings=config.model_dump(mode="json"),
+        ranks=ranks,
+    )
+    publisher = Publisher(
+        HttpWeightStore(client),
+        run_id=config.run.name,
+        model_fingerprint=fingerprint,
+        keyframe_every=config.learner.keyframe_every,
+        executor=stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="publisher")),
+        unix_time=time.time,
+        ranks=ranks.beside(),
+    )
+    take_up(trainer, checkpoints, publisher, resume=resume, ranks=ranks)
+    if not ranks.is_first:
+        follow(trainer, publisher, checkpoints, config.learner, ranks=ranks)
+        return
+    _watch_evaluations(config, stop, stack)
+    LearnerLoop(
+        trainer=trainer,
+        prefetcher=_make_prefetcher(config, trainer, sample_source(config, client, stack)),
+        admission=Admission(
+            max_age_updates=config.table.max_age_updates,
+            vocab_size=trainer.policy.vocab_size,
+            max_positions=trainer.policy.max_positions,
+            columns=objective.columns,
+        ),
+        publisher=publisher,
+        checkpoints=checkpoints,
+        reporter=_open_reporter(config, trainer, stack),
+        settings=config.learner,
+        stop=stop,
+        now=time.monotonic,
+        ranks=ranks,
+    ).run()
+
+
+def _check_ranks(config: RunConfig, ranks: Ranks) -> None:
+    """Raise InvalidSettings for what one process can do and several cannot."""
+    if ranks.size == 1:
+        return
+    if config.learner.lora is not None:
+        raise InvalidSettings(
+            f"learner.lora is set and torchrun has started {ranks.size} ranks, but adapters are not split over ranks",
+            hint="train the adapter in one process, without torchrun, or all weights on several ranks",
         )
-        publisher = Publisher(
-            HttpWeightStore(client),
-            run_id=config.run.name,
-            model_fingerprint=fingerprint,
-            keyframe_every=config.learner.keyframe_every,
-            executor=stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="publisher")),
-            unix_time=time.time,
+    if ":" in config.learner.device:
+        raise InvalidSettings(
+            f"learner.device={config.learner.device!r} is one GPU for all {ranks.size} ranks",
+            hint="set learner.device to 'cuda': each rank of a machine takes the GPU of its number",
         )
-        take_up(trainer, checkpoints, publisher, resume=resume)
-        _watch_evaluations(config, stop, stack)
-        LearnerLoop(
-            trainer=trainer,
-            prefetcher=_make_prefetcher(config, trainer, sample_source(config, client, stack)),
-            admission=Admission(
-                max_age_updates=config.table.max_age_updates,
-                vocab_size=trainer.policy.vocab_size,
-                max_positions=trainer.policy.max_positions,
-                columns=objective.columns,
-            ),
-            publisher=publisher,
-            checkpoints=checkpoints,
-            reporter=_open_reporter(config, trainer, stack),
-            settings=config.learner,
-            stop=stop,
-            now=time.monotonic,
-        ).run()
 
 
 @contextmanager
@@ -176,11 +211,16 @@ def _check_run(client: ServiceClient, config: RunConfig, fingerprint: str) -> No
         )
 
 
-def _make_trainer(config: RunConfig, model_dir: Path, objective: Objective) -> Trainer:
+def _make_trainer(config: RunConfig, model_dir: Path, objective: Objective, ranks: Ranks) -> Trainer:
     settings = config.learner
-    policy = Policy.load(
-        model_dir, device=settings.device, micro_batch_tokens=settings.micro_batch_tokens, compute=settings.compute
+    load = partial(
+        Policy.load,
+        model_dir,
+        device=settings.device,
+        micro_batch_tokens=settings.micro_batch_tokens,
+        compute=settings.compute,
     )
+    policy = load() if ranks.size == 1 else ShardedPolicy(load, ranks=ranks)
     return Trainer(
         policy=policy if settings.lora is None else AdapterPolicy.on(policy, settings.lora),
         objective=objective,

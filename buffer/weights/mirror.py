@@ -67,9 +67,14 @@ class Mirror:
         return MappingProxyType(self._tensors)
 
     @property
+    def digests(self) -> tuple[tuple[TensorSpec, str], ...]:
+        """What each tensor is, with the Xxh3 of its values."""
+        return tuple((tensor.spec, self._digests[name]) for name, tensor in self._tensors.items())
+
+    @property
     def checksum(self) -> str:
         """What a manifest names: the sha256 over all specs and hashes."""
-        return checksum((tensor.spec, self._digests[name]) for name, tensor in self._tensors.items())
+        return checksum(self.digests)
 
     @property
     def num_bytes(self) -> int:

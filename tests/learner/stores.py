@@ -67,6 +67,6 @@ class AtOnce(Executor):
 
 def keyframe_of(snapshot: Snapshot) -> bytes:
     """Return a snapshot as the file that would be published."""
-    mirror = Mirror.allocate(values.spec for values in snapshot.tensors)
+    mirror = Mirror.allocate(snapshot.specs)
     mirror.advance(snapshot.tensors, 0)
     return b"".join(mirror.keyframe())
