@@ -43,7 +43,7 @@ test-browser: setup
 test-cluster: setup
 	$(BIN)/pytest tests/cluster --cluster --timeout=300 $(ARGS)
 
-# two gloo ranks on the CPU, a minute
+# two gloo ranks on the CPU: the step alone, then the learner against a real service, about five minutes
 test-distributed: setup
 	$(BIN)/pytest tests/distributed --distributed -n 0 $(ARGS)
 

@@ -2,7 +2,7 @@
 
 | waits for | produces | unblocked by | on shutdown |
 |---|---|---|---|
-| the first rank's next order | its share of a step, version, checkpoint | the first rank, each second | the last order |
+| the first rank's next order | its share of a step, version, checkpoint | the first rank's loop | the last order |
 """
 
 import logging

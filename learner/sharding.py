@@ -47,7 +47,7 @@ class ShardedPolicy(Policy):
             if isinstance(module, GradientCheckpointingLayer):
                 fully_shard(module, mesh=mesh)
         self._root = fully_shard(self.scorer, mesh=mesh)
-        register_fsdp_forward_method(self._root, "logits")
+        register_fsdp_forward_method(self.scorer, "logits")
 
     def frozen_copy(self) -> Policy:
         """Return a copy without gradients, split in the same way."""

@@ -111,7 +111,7 @@ def run_learner(config: RunConfig, *, resume: bool) -> None:
     torch.manual_seed(config.run.seed)
     transformers_logging.disable_progress_bar()
     with joined() as ranks:
-        _check_ranks(config, ranks)
+        check_ranks(config, ranks)
         if ranks.is_first:
             log_settings(config)
         objective = build_objective(config.learner.objective.name, config.learner.objective.options)
@@ -168,7 +168,7 @@ def _learn(
     ).run()
 
 
-def _check_ranks(config: RunConfig, ranks: Ranks) -> None:
+def check_ranks(config: RunConfig, ranks: Ranks) -> None:
     """Raise InvalidSettings for what one process can do and several cannot."""
     if ranks.size == 1:
         return

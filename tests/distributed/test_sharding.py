@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
-import torch
 
 from learner.distributed import ALONE
 from tests.distributed.run import train
@@ -16,13 +15,6 @@ from tests.learner.builders import save_tiny_model
 
 NOT_COMPARED = ("time/", "reference/cache_")
 """Clocks, and what the cache of the reference's terms counts: a resumed run begins with an empty one."""
-
-
-@pytest.fixture(autouse=True)
-def _only_when_asked(request: pytest.FixtureRequest) -> None:
-    if not request.config.getoption("--distributed"):
-        pytest.skip("starts torchrun: make test-distributed")
-    torch.set_num_threads(1)
 
 
 def _on_two_ranks(model_dir: Path, run_dir: Path, first: int, last: int) -> list[dict[str, float]]:

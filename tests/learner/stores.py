@@ -19,17 +19,17 @@ class ListedStore:
     def __init__(self, published: Callable[[PolicyVersion], None] = lambda version: None) -> None:
         self.events: list[str] = []
         self.manifests: dict[PolicyVersion, Manifest] = {}
-        self._blobs: dict[str, bytes] = {}
+        self.blobs: dict[str, bytes] = {}
         self._published = published
 
     def put_blob(self, sha256: str, chunks: Iterable[bytes]) -> None:
-        self._blobs[sha256] = b"".join(chunks)
+        self.blobs[sha256] = b"".join(chunks)
         self.events.append(f"blob {sha256}")
 
     def publish(self, manifest: Manifest) -> None:
         if manifest.version <= max(self.manifests, default=-1):
             raise Conflict(f"version {manifest.version} is not above the latest one")
-        if any(payload.sha256 not in self._blobs for payload in manifest.payloads):
+        if any(payload.sha256 not in self.blobs for payload in manifest.payloads):
             raise NotFound("a blob is missing")
         self.manifests[manifest.version] = manifest
         self.events.append(f"manifest {manifest.version}")
@@ -45,9 +45,9 @@ class ListedStore:
         return self.manifests[version]
 
     def blob(self, sha256: str) -> Iterable[bytes]:
-        if sha256 not in self._blobs:
+        if sha256 not in self.blobs:
             raise NotFound(f"there is no blob {sha256}")
-        return [self._blobs[sha256]]
+        return [self.blobs[sha256]]
 
     def download(self, payload: Payload, path: Path) -> None:
         write_chunks(self.blob(payload.sha256), path)

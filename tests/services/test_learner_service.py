@@ -18,9 +18,10 @@ from buffer.connection import ServiceClient
 from buffer.errors import InvalidSettings, RunMismatch, ServiceUnreachable, StalewiseError
 from buffer.rate_limiter import RateLimiterSettings
 from learner.collate import collate
+from learner.distributed import ALONE, Ranks
 from learner.run_log import RunLog
 from learner.step import Progress
-from services.learner_service import ServiceReporter, run_learner
+from services.learner_service import ServiceReporter, check_ranks, run_learner
 from services.settings import RunConfig, load_config
 from tests.factories import RUN_ID, make_group
 from tests.learner.builders import make_trainer, plain_samples, save_tiny_model
@@ -218,6 +219,21 @@ def test_a_setting_that_cannot_be_is_one_sentence(
 ) -> None:
     with serving(make_context(tmp_path / "service")) as url, pytest.raises(kind, match=f"^{sentence}"):
         run_learner(_config(tmp_path, url, model_dir, "client.retry_budget_s=0", setting), resume=False)
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("learner.lora.rank=4", "learner.lora is set and torchrun has started 2 ranks, but adapters are not split"),
+        ("learner.device=cuda:1", "learner.device='cuda:1' is one GPU for all 2 ranks"),
+    ],
+)
+def test_what_one_process_alone_can_do_is_refused_on_several_ranks(setting: str, sentence: str) -> None:
+    config = load_config(None, overrides=[setting])
+
+    check_ranks(config, ALONE)
+    with pytest.raises(InvalidSettings, match=f"^{sentence}"):
+        check_ranks(config, Ranks(rank=1, size=2))
 
 
 def test_a_directory_without_a_model_is_one_sentence(tmp_path: Path) -> None:
