@@ -7,7 +7,7 @@ from buffer.errors import InvalidSettings
 from buffer.redis_client import RedisClient
 from buffer.redis_scripts import shard_prefix
 from buffer.redis_shards import open_table
-from buffer.weights.directory_store import DirectoryWeightStore
+from buffer.weights.open_store import open_weight_store
 from services.context import ServiceContext
 from services.evaluations import BoardEvaluations
 from services.history import RedisHistory
@@ -19,9 +19,9 @@ from services.trained_ring import RedisTrainedRing
 
 
 def assemble(config: RunConfig, client: RedisClient, promises: Mapping[str, str]) -> ServiceContext:
-    """Return the collaborators; nothing is asked of Redis."""
+    """Return the collaborators; nothing is asked of Redis or of object storage. Raises as open_weight_store."""
     run_id, first = config.run.name, shard_prefix(config.run.name, 0)
-    weights = DirectoryWeightStore(config.run.directory / "weights", settings=config.weights)
+    weights = open_weight_store(config.weights, config.run.directory / "weights", run_id)
     return ServiceContext(
         run_id=run_id,
         settings=config.service,
@@ -42,14 +42,14 @@ def assemble(config: RunConfig, client: RedisClient, promises: Mapping[str, str]
 def take_up(context: ServiceContext) -> None:
     """Bring the table to the latest published version: a service may have died between manifest and table.
 
-    Raises InvalidSettings when the directory holds weights of another run.
+    Raises InvalidSettings when the store holds weights of another run, StoreUnavailable when it cannot be used.
     """
     latest = context.weights.latest()
     if latest is None:
         return
     if latest.run_id != context.run_id:
         raise InvalidSettings(
-            f"{context.weights.directory.parent} holds weights of run {latest.run_id}, not {context.run_id}",
-            hint="set run.name or run.runs_dir",
+            f"{context.weights.location} holds weights of run {latest.run_id}, not {context.run_id}",
+            hint="set run.name, run.runs_dir or weights.store",
         )
     context.table.advance_version(latest.version)

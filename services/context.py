@@ -12,7 +12,7 @@ from buffer.evaluations import Evaluations
 from buffer.rate_limiter import RateLimiterSettings
 from buffer.settings import Settings
 from buffer.table import ServedTable, TableSettings
-from buffer.weights.directory_store import DirectoryWeightStore
+from buffer.weights.store import ServedWeightStore
 from buffer.wire import StoreStatus
 from services.history import History
 from services.presence import Presence
@@ -64,7 +64,7 @@ class ServiceContext:
     table: ServedTable
     table_settings: TableSettings
     limiter_settings: RateLimiterSettings
-    weights: DirectoryWeightStore
+    weights: ServedWeightStore
     presence: Presence
     history: History
     trained: TrainedRing

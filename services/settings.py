@@ -26,7 +26,7 @@ from buffer.selectors import check_weighting
 from buffer.settings import Settings
 from buffer.table import TableSettings
 from buffer.types import Identifier
-from buffer.weights.directory_store import WeightStoreSettings
+from buffer.weights.store import WeightStoreSettings
 from learner.settings import LearnerSettings
 from services.address import read_address
 from services.context import ServiceSettings
@@ -84,7 +84,7 @@ class RunConfig(Settings):
     limiter: RateLimiterSettings = RateLimiterSettings()
     """Pacing between actors and learner."""
     weights: WeightStoreSettings = WeightStoreSettings()
-    """Published weights on the service's disk."""
+    """Published weights, on the service's disk or in object storage."""
     learner: LearnerSettings = LearnerSettings()
     """The learner."""
     actor: ActorSettings = ActorSettings()

@@ -2,10 +2,8 @@
 
 import asyncio
 import logging
-import os
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path as FilePath
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated
 
 from fastapi import Path, Query, Request, Response
@@ -14,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from buffer.errors import InvalidRequest, RangeNotSatisfiable, RunMismatch, StoreUnavailable
 from buffer.weights.manifest import Manifest
+from buffer.weights.store import ServedWeightStore
 from buffer.wire import decode, parse
 from services.bodies import answer, read_body, sent_media_type, upload_chunks, wanted_media_type
 from services.context import ServiceContext
@@ -21,8 +20,6 @@ from services.operations import OCTETS, Operation
 
 log = logging.getLogger(__name__)
 
-_CHUNK_BYTES = 4 << 20
-"""Of a payload at a time: smaller ones cost more in calls than they save in memory."""
 _IMMUTABLE = "public, max-age=31536000, immutable"
 
 BlobName = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$")]
@@ -45,8 +42,7 @@ def _blob_operations(context: ServiceContext) -> Sequence[Operation]:
 
     async def get_blob(request: Request, sha256: BlobName) -> Response:
         """Return a payload, or one range of it. It never changes: any HTTP cache may keep it."""
-        path = await run_in_threadpool(weights.blob_path, sha256)
-        return _file_response(request, path, etag=f'"{sha256}"')
+        return _blob_response(request, weights, sha256, await run_in_threadpool(weights.blob_bytes, sha256))
 
     return (
         Operation(
@@ -60,7 +56,7 @@ def _blob_operations(context: ServiceContext) -> Sequence[Operation]:
             route="GET /v1/weights/blobs/{sha256}",
             endpoint=get_blob,
             answers={200: b"", 206: b"", 304: None},
-            problems=(404, 416, 422),
+            problems=(404, 416, 422, 503),
         ),
     )
 
@@ -147,13 +143,13 @@ class _VersionBell:
 
     async def _change_from(self, version: int) -> None:
         while not self._context.closing.is_set():
-            await asyncio.sleep(self._context.settings.poll_s)
+            await asyncio.sleep(self._context.weights.poll_s)
             if await run_in_threadpool(self._context.weights.latest_version) != version:
                 return
 
 
-def _file_response(request: Request, path: FilePath, *, etag: str) -> Response:
-    size = path.stat().st_size
+def _blob_response(request: Request, weights: ServedWeightStore, sha256: str, size: int) -> Response:
+    etag = f'"{sha256}"'
     headers = {"ETag": etag, "Cache-Control": _IMMUTABLE, "Accept-Ranges": "bytes"}
     if etag in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)
@@ -163,7 +159,7 @@ def _file_response(request: Request, path: FilePath, *, etag: str) -> Response:
         (start, end), status = asked, 206
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
     headers["Content-Length"] = str(end - start)
-    return _FileRange(path, start, end, status_code=status, headers=headers)
+    return _Streamed(weights.blob_range(sha256, start, end), end - start, status_code=status, headers=headers)
 
 
 def _asked_range(request: Request, size: int) -> tuple[int, int] | None:
@@ -179,35 +175,36 @@ def _asked_range(request: Request, size: int) -> tuple[int, int] | None:
     return start, end
 
 
-class _FileRange(Response):
-    """Sends bytes [start, end) of a file: the next chunk is read while the last one is on its way."""
+class _Streamed(Response):
+    """Sends chunks of a known size in all: the next one is read while the last one is on its way."""
 
     media_type = OCTETS
 
-    def __init__(self, path: FilePath, start: int, end: int, *, status_code: int, headers: Mapping[str, str]) -> None:
+    def __init__(
+        self, chunks: Iterator[bytes], num_bytes: int, *, status_code: int, headers: Mapping[str, str]
+    ) -> None:
         super().__init__(status_code=status_code, headers=headers)
-        self._path = path
-        self._start = start
-        self._end = end
+        self._chunks = chunks
+        self._left = num_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See Starlette's Response; a caller that hung up ends it by the server's error."""
+        chunk = await self._next()  # before the status: what is gone meanwhile is still a 404
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        with self._path.open("rb", buffering=0) as file:
-            chunk = await self._read(file.fileno(), self._start)
-            position = self._start + len(chunk)
-            while position < self._end:
-                upcoming = asyncio.ensure_future(self._read(file.fileno(), position))
-                try:
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                finally:
-                    chunk = await upcoming
-                position += len(chunk)
+        while self._left:
+            upcoming = asyncio.ensure_future(self._next())
+            try:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            finally:
+                chunk = await upcoming
         await send({"type": "http.response.body", "body": chunk})
 
-    async def _read(self, descriptor: int, position: int) -> bytes:
-        size = min(_CHUNK_BYTES, self._end - position)
-        chunk = await run_in_threadpool(os.pread, descriptor, size, position)
-        if len(chunk) < size:
-            raise StoreUnavailable(f"{self._path} became shorter while it was sent")
+    async def _next(self) -> bytes:
+        """Return the next chunk; none is asked for beyond the last. Raises StoreUnavailable."""
+        if not self._left:
+            return b""
+        chunk = await run_in_threadpool(next, self._chunks, b"")
+        if not chunk:
+            raise StoreUnavailable(f"a payload became {self._left} bytes shorter while it was sent")
+        self._left -= len(chunk)
         return chunk

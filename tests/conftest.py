@@ -1,4 +1,4 @@
-"""Collaborators that several packages of tests need: a clock that stands still, and a real Redis."""
+"""Collaborators that several packages of tests need: a clock that stands still, a real Redis, object storage."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from buffer.redis_server import RedisSettings, redis_server
+from tests.object_storage import object_storage
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,4 +41,11 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The url of a Redis that all tests of the session share; each test leaves it empty."""
     directory: Path = tmp_path_factory.mktemp("redis")
     with redis_server(directory, RedisSettings(appendfsync="everysec")) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def s3_url() -> Iterator[str]:
+    """The url of an object storage that all tests of the session share; each takes a prefix of its own."""
+    with object_storage() as url:
         yield url

@@ -10,42 +10,36 @@ lock                      held while a version is committed, so that several pro
 """
 
 import fcntl
-import hashlib
 import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, BinaryIO
+from typing import BinaryIO
 
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
-from buffer.errors import Conflict, CorruptWeights, NotFound, RunMismatch, StoreUnavailable
-from buffer.settings import Settings
+from buffer.errors import NotFound, StoreUnavailable
 from buffer.types import PolicyVersion
 from buffer.weights.manifest import Manifest, Payload
-from buffer.weights.store import PublishedVersion, WeightsStatus, write_chunks
-
-CHUNK_BYTES = 1 << 20
-
-
-class WeightStoreSettings(Settings):
-    """How many versions are served, and how soon rubbish goes."""
-
-    keep_versions: Annotated[int, Field(ge=1)] = 4
-    """Newest versions kept; an actor that downloads an older one finds it gone and asks for the latest."""
-    max_bytes: Annotated[int, Field(ge=1)] = 256 << 30
-    """Disk for payloads. Over it the oldest versions go first, but never the latest nor a pinned one (evaluation's
-    best): an upload that does not fit beside them is refused. 256 GiB hold four bfloat16 keyframes of a 32 B model."""
-    orphan_age_s: Annotated[float, Field(gt=0)] = 3600.0
-    """Seconds after which an upload that no version names is deleted; longer than any upload takes."""
-    poll_s: Annotated[float, Field(gt=0)] = 0.05
-    """Seconds between two looks at LATEST while someone waits for a version."""
+from buffer.weights.retention import (
+    Manifests,
+    StoredBlob,
+    absent_blob,
+    absent_version,
+    check_publication,
+    described,
+    kept_versions,
+    occupied_bytes,
+    proven,
+    rubbish,
+)
+from buffer.weights.store import CHUNK_BYTES, PublishedVersion, WeightsStatus, WeightStoreSettings, write_chunks
 
 
 class DirectoryWeightStore:
-    """A WeightStore on a local or shared file system. Threads and processes may share it."""
+    """A ServedWeightStore on a local or shared file system. Threads and processes may share it."""
 
     def __init__(
         self, directory: Path, *, settings: WeightStoreSettings | None = None, clock: Callable[[], float] = time.time
@@ -62,40 +56,33 @@ class DirectoryWeightStore:
             for path in (self._blobs, self._manifests, self._incoming, self._pinned):
                 path.mkdir(parents=True, exist_ok=True)
 
+    @property
+    def location(self) -> str:
+        """See ServedWeightStore."""
+        return str(self.directory)
+
+    @property
+    def poll_s(self) -> float:
+        """See ServedWeightStore."""
+        return self._settings.poll_s
+
     def put_blob(self, sha256: str, chunks: Iterable[bytes]) -> None:
         """See WeightStore. The payload is on disk under its name, whole and synced, or not at all."""
-        room = self._settings.max_bytes - self._bytes_in_use()
+        max_bytes = self._settings.max_bytes
+        with self._lock():
+            room = max_bytes - occupied_bytes(_stored_in(self._blobs), self._committed(), self._pinned_versions())
         with self._incoming_file() as file:
-            digest = hashlib.sha256()
-            for chunk in chunks:
-                digest.update(chunk)
-                room -= file.write(chunk)
-                if room < 0:
-                    raise StoreUnavailable(
-                        f"the payload does not fit: the latest version and other uploads leave too little of"
-                        f" weights.max_bytes={self._settings.max_bytes}",
-                        hint="raise weights.max_bytes, or publish smaller versions",
-                    )
-            if digest.hexdigest() != sha256:
-                raise CorruptWeights(
-                    f"the payload has the hash {digest.hexdigest()}, not {sha256}", hint="send it again: it was dropped"
-                )
+            for chunk in proven(chunks, sha256=sha256, room_bytes=room, max_bytes=max_bytes):
+                file.write(chunk)
             _commit(file, self._blobs / sha256)
 
     def publish(self, manifest: Manifest) -> None:
-        """See WeightStore. Publishing the very same latest manifest again is harmless: a retry after a lost answer.
-
-        Raises RunMismatch for another run or model than the versions before.
-        """
+        """See WeightStore."""
         with self._lock():
             latest = self.latest()
-            if latest is not None:
-                if manifest.model_dump_json() == latest.model_dump_json():
-                    return
-                _check_succession(manifest, latest)
-            for payload in manifest.payloads:
-                if self.blob_path(payload.sha256).stat().st_size != payload.size_bytes:
-                    raise Conflict(f"blob {payload.sha256} does not have {payload.size_bytes} bytes")
+            if latest is not None and manifest.model_dump_json() == latest.model_dump_json():
+                return
+            check_publication(manifest, latest, self.blob_bytes)
             for version in self._stored_versions():
                 if latest is None or version > latest.version:  # left by a publisher that died before its commit
                     self._manifest_path(version).unlink()
@@ -120,7 +107,7 @@ class DirectoryWeightStore:
             time.sleep(self._settings.poll_s)
 
     def latest_version(self) -> PolicyVersion:
-        """Return the latest published version; -1 before the first."""
+        """See ServedWeightStore."""
         try:
             return int((self.directory / "LATEST").read_text())
         except FileNotFoundError:
@@ -134,45 +121,50 @@ class DirectoryWeightStore:
                 raise FileNotFoundError  # not committed
             return Manifest.model_validate_json(path.read_bytes())
         except FileNotFoundError:
-            raise NotFound(
-                f"version {version} is not stored",
-                hint=f"the newest {self._settings.keep_versions} versions are kept: ask for the latest",
-            ) from None
+            raise absent_version(version, self._settings.keep_versions) from None
         except ValidationError as error:
             raise StoreUnavailable(f"{path} is damaged", hint="restore it or remove the weights directory") from error
 
     def blob(self, sha256: str) -> Iterator[bytes]:
         """See WeightStore."""
-        with self.blob_path(sha256).open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                yield chunk
+        return self.blob_range(sha256, 0, self.blob_bytes(sha256))
 
     def download(self, payload: Payload, path: Path) -> None:
         """See WeightStore."""
         write_chunks(self.blob(payload.sha256), path)
 
-    def blob_path(self, sha256: str) -> Path:
-        """Return the file of a payload, for servers that send files. Raises NotFound."""
-        path = self._blobs / sha256
-        if not path.is_file():
-            raise NotFound(
-                f"blob {sha256} is not stored", hint="put it before its version; fetch it before its version is removed"
-            )
-        return path
+    def blob_bytes(self, sha256: str) -> int:
+        """See ServedWeightStore."""
+        try:
+            return (self._blobs / sha256).stat().st_size
+        except FileNotFoundError:
+            raise absent_blob(sha256) from None
+
+    def blob_range(self, sha256: str, start: int, stop: int) -> Iterator[bytes]:
+        """See ServedWeightStore. A payload that retention takes meanwhile is sent to its end: the file is open."""
+        try:
+            file = (self._blobs / sha256).open("rb", buffering=0)
+        except FileNotFoundError:
+            raise absent_blob(sha256) from None
+        with _disk_errors(), file:
+            file.seek(start)
+            while start < stop and (chunk := file.read(min(CHUNK_BYTES, stop - start))):
+                start += len(chunk)
+                yield chunk
 
     def pin(self, version: PolicyVersion) -> None:
-        """Keep a stored version until it is unpinned, whatever retention says. Raises NotFound."""
+        """See ServedWeightStore."""
         with self._lock():
             self.manifest(version)
             (self._pinned / str(version)).touch()
 
     def unpin(self, version: PolicyVersion) -> None:
-        """Let the next publication's retention take a version; one that is not pinned stays as it is."""
+        """See ServedWeightStore."""
         with _disk_errors():
             (self._pinned / str(version)).unlink(missing_ok=True)
 
     def status(self) -> WeightsStatus:
-        """Return what is published and how much disk it takes."""
+        """See ServedWeightStore."""
         with self._lock():
             latest = self.latest_version()
             versions = [version for version in self._stored_versions() if version <= latest]
@@ -181,16 +173,14 @@ class DirectoryWeightStore:
                 latest_version=latest,
                 versions=versions,
                 published=[self._described(version) for version in versions],
-                bytes=sum(entry.stat().st_size for entry in os.scandir(self._blobs)),
+                bytes=sum(blob.size_bytes for blob in _stored_in(self._blobs)),
                 deleted_total=self._deleted_total(),
             )
 
     def _described(self, version: PolicyVersion) -> PublishedVersion:
         """Read a committed manifest once: it never changes, and pollers ask every second."""
         if version not in self._known:
-            manifest = self.manifest(version)
-            size = sum(p.size_bytes for p in manifest.payloads if p.version == version)
-            self._known[version] = PublishedVersion(version=version, created_s=manifest.created_s, bytes=size)
+            self._known[version] = described(self.manifest(version))
         return self._known[version]
 
     def _manifest_path(self, version: PolicyVersion) -> Path:
@@ -198,6 +188,10 @@ class DirectoryWeightStore:
 
     def _stored_versions(self) -> list[PolicyVersion]:
         return sorted(int(path.stem) for path in self._manifests.glob("*.json"))
+
+    def _committed(self) -> Manifests:
+        latest = self.latest_version()
+        return {version: self.manifest(version) for version in self._stored_versions() if version <= latest}
 
     def _deleted_total(self) -> int:
         try:
@@ -207,39 +201,21 @@ class DirectoryWeightStore:
 
     def _collect(self) -> None:
         """Delete versions beyond retention, then the blobs that no kept version names: pointers first, data last."""
-        versions = self._stored_versions()
-        pinned = self._pinned_versions() & set(versions)
-        kept = sorted(pinned | set(versions[-self._settings.keep_versions :]))
-        for version in [version for version in kept[:-1] if version not in pinned]:
-            if self._named_bytes(kept) > self._settings.max_bytes:
-                kept.remove(version)
-        dropped = [version for version in versions if version not in kept]
-        retired = {payload.sha256 for version in dropped for payload in self.manifest(version).payloads}
-        named = {payload.sha256 for version in kept for payload in self.manifest(version).payloads}
+        manifests = self._committed()
+        kept = kept_versions(manifests, self._pinned_versions(), self._settings)
+        dropped = [version for version in manifests if version not in kept]
         if dropped:
             self._replace(self.directory / "deleted_total", str(self._deleted_total() + len(dropped)).encode())
         for version in dropped:
             self._manifest_path(version).unlink()
         expired_s = self._clock() - self._settings.orphan_age_s
+        stays, goes = [manifests[version] for version in kept], [manifests[version] for version in dropped]
         for directory in (self._blobs, self._incoming):
-            for entry in os.scandir(directory):
-                if entry.name not in named and (entry.name in retired or entry.stat().st_mtime < expired_s):
-                    Path(entry.path).unlink(missing_ok=True)
+            for name in rubbish(_stored_in(directory), kept=stays, dropped=goes, expired_s=expired_s):
+                (directory / name).unlink(missing_ok=True)
 
     def _pinned_versions(self) -> set[PolicyVersion]:
         return {int(path.name) for path in self._pinned.iterdir()}
-
-    def _named_bytes(self, versions: Iterable[PolicyVersion]) -> int:
-        named = {payload.sha256: payload.size_bytes for v in versions for payload in self.manifest(v).payloads}
-        return sum(named.values())
-
-    def _bytes_in_use(self) -> int:
-        """Bytes that a commit will not free: the latest version's, and those of uploads that no version names yet."""
-        stays = {self.latest_version(), *self._pinned_versions()}
-        versions = [version for version in self._stored_versions() if version <= self.latest_version()]
-        older = {p.sha256 for v in versions if v not in stays for p in self.manifest(v).payloads}
-        needed = {p.sha256 for v in versions if v in stays for p in self.manifest(v).payloads}
-        return sum(e.stat().st_size for e in os.scandir(self._blobs) if e.name in needed or e.name not in older)
 
     def _replace(self, path: Path, content: bytes) -> None:
         with self._incoming_file() as file:
@@ -262,19 +238,10 @@ class DirectoryWeightStore:
             yield
 
 
-def _check_succession(manifest: Manifest, latest: Manifest) -> None:
-    if manifest.run_id != latest.run_id:
-        raise RunMismatch(f"the version is of run {manifest.run_id}, the store holds run {latest.run_id}")
-    if manifest.model_fingerprint != latest.model_fingerprint:
-        raise RunMismatch(
-            f"the version is of model {manifest.model_fingerprint}, the store holds {latest.model_fingerprint}",
-            hint="one run trains one model: give the run another name",
-        )
-    if manifest.version <= latest.version:
-        raise Conflict(
-            f"version {manifest.version} is not above the latest published one, {latest.version}",
-            hint="a resumed learner starts its clock above the latest version",
-        )
+def _stored_in(directory: Path) -> Iterator[StoredBlob]:
+    for entry in os.scandir(directory):
+        facts = entry.stat()
+        yield StoredBlob(entry.name, facts.st_size, facts.st_mtime)
 
 
 def _commit(file: BinaryIO, path: Path) -> None:

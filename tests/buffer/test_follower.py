@@ -10,12 +10,12 @@ import pytest
 from buffer.errors import CorruptWeights, NotFound
 from buffer.types import PolicyVersion
 from buffer.weights.delta import write_delta
-from buffer.weights.directory_store import DirectoryWeightStore, WeightStoreSettings
+from buffer.weights.directory_store import DirectoryWeightStore
 from buffer.weights.follower import Follower
 from buffer.weights.manifest import Manifest, Payload
 from buffer.weights.mirror import Mirror
 from buffer.weights.plan import Step, Ways
-from buffer.weights.store import WeightStore, write_chunks
+from buffer.weights.store import WeightStore, WeightStoreSettings, write_chunks
 from buffer.weights.tensors import HostTensor, checksum
 from tests.buffer.weights_sets import bits_of, mirror_of, tensor
 from tests.factories import make_manifest

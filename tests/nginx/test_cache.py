@@ -88,13 +88,13 @@ def cache(context: ServiceContext, tmp_path: Path) -> Iterator[str]:
             yield url
 
 
-def test_a_cached_payload_needs_a_token_and_no_byte_of_the_service(cache: str, context: ServiceContext) -> None:
+def test_a_cached_payload_needs_a_token_and_no_byte_of_the_service(cache: str, tmp_path: Path) -> None:
     actor = httpx.Client(base_url=cache, headers={"Authorization": "Bearer an-actor's"}, trust_env=False)
     stranger = httpx.Client(base_url=cache, trust_env=False)
     with actor, stranger:
         before = stranger.get(BLOB).status_code
         first, second = actor.get(BLOB), actor.get(BLOB)
-        context.weights.blob_path(NAME).unlink()  # the service cannot send it any more
+        (tmp_path / "weights" / "blobs" / NAME).unlink()  # the service cannot send it any more
 
         hit = actor.get(BLOB, headers={"Range": "bytes=100-2000099"})
         refused = {

@@ -19,6 +19,7 @@ from buffer.rate_limiter import RateLimiterSettings
 from buffer.table import ServedTable, TableSettings
 from buffer.types import PolicyVersion
 from buffer.weights.directory_store import DirectoryWeightStore
+from buffer.weights.store import ServedWeightStore
 from buffer.wire import StoreStatus
 from services.address import read_address
 from services.context import ServiceContext, ServiceSettings
@@ -43,9 +44,10 @@ def make_context(
     settings: ServiceSettings = SERVICE,
     table_settings: TableSettings = TABLE,
     limiter: RateLimiterSettings = LIMITER,
+    weights: ServedWeightStore | None = None,
 ) -> ServiceContext:
     """Return the collaborators of a service whose state is this process and `directory`."""
-    weights = DirectoryWeightStore(directory / "weights")
+    weights = weights or DirectoryWeightStore(directory / "weights")
     return ServiceContext(
         run_id=RUN_ID,
         settings=settings,

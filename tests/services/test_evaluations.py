@@ -10,7 +10,8 @@ from buffer.errors import Conflict, NotFound
 from buffer.evaluations import ClaimAnswer, Evaluation, EvaluationClaim
 from buffer.redis_client import connect
 from buffer.types import SamplingSettings
-from buffer.weights.directory_store import DirectoryWeightStore, WeightStoreSettings
+from buffer.weights.directory_store import DirectoryWeightStore
+from buffer.weights.store import WeightStoreSettings
 from services.evaluations import KEPT_INTERVALS, MAX_ATTEMPTS, BoardEvaluations
 from services.presence import Board, MemoryBoard, RedisBoard
 from tests.conftest import Clock

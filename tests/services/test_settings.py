@@ -74,6 +74,20 @@ def test_values_are_toml_or_json_or_bare_words(override: str, expected: str) -> 
         ("table=3", "table: input should be a valid dictionary or instance of TableSettings, got 3"),
         ("run.name.first=x", 'run.name: input should be a valid string, got {"first": "x"}'),
         ("table.ttl_s", "--set table.ttl_s is not key=value (write for example --set table.ttl_s=60)"),
+        ("weights.store=gs://b", "weights.store: want directory or s3://bucket/prefix, got gs://b"),
+        ("weights.store=s3://Weights", "weights.store: want directory or s3://bucket/prefix, got s3://Weights"),
+        (
+            "weights.store=s3://id:short@bucket",
+            "weights.store: want directory or s3://bucket/prefix, and credentials in the environment alone",
+        ),
+        (
+            "weights.s3_endpoint=https://id:short@host",
+            "weights.s3_endpoint: want http://host:port or https://host, without a path, and credentials in the",
+        ),
+        (
+            "weights.s3_endpoint=minio:9000",
+            "weights.s3_endpoint: want http://host:port or https://host, without a path, got minio:9000",
+        ),
         ("service.tokens.read=short", "service.tokens.read.0: value should have at least 8 items after validation"),
     ],
 )

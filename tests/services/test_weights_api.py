@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Iterator
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -126,6 +127,7 @@ def chunked() -> Iterator[bytes]:
 def test_bad_publication_is_refused_and_nothing_of_it_is_served(
     http: httpx.Client,
     context: ServiceContext,
+    tmp_path: Path,
     path: str,
     request_parts: dict[str, Any],
     status: int,
@@ -144,7 +146,7 @@ def test_bad_publication_is_refused_and_nothing_of_it_is_served(
     assert response.json()["detail"].startswith(detail)
     assert http.get("/v1/weights/latest").status_code == 204
     assert context.weights.status().bytes == 0
-    assert not list((context.weights.directory / "incoming").iterdir())
+    assert not list((tmp_path / "weights" / "incoming").iterdir())
 
 
 def test_version_is_never_published_twice_but_a_retry_is_harmless(http: httpx.Client) -> None:
@@ -185,11 +187,11 @@ def test_long_poll_ends_with_nothing_when_its_time_is_over(http: httpx.Client) -
     assert (response.status_code, response.content) == (204, b"")
 
 
-def test_http_store_downloads_a_payload_whole_or_not_at_all(http: httpx.Client, context: ServiceContext) -> None:
+def test_http_store_downloads_a_payload_whole_or_not_at_all(http: httpx.Client, tmp_path: Path) -> None:
     publish(http, 0)
     client = ServiceClient(str(http.base_url), settings=NO_RETRY)
     store = HttpWeightStore(client)
-    path = context.weights.directory / "download"
+    path = tmp_path / "download"
 
     store.download(make_manifest(0).payloads[0], path)
 
