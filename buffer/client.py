@@ -217,6 +217,8 @@ class HttpWeightStore:
     def download(self, payload: Payload, path: Path) -> None:
         """See WeightStore: by ranges, several at once, each taken up again where a lost connection broke it off.
 
-        Raises ServiceUnreachable when the retries are spent.
+        Raises ServiceUnreachable when the retries are spent; another call with the same path goes on from there, in
+        another process too, for how far it is stands in a file beside it (buffer.weights.progress). What was taken up
+        so is proven by its sha256: CorruptWeights.
         """
-        Download(self._client, f"/v1/weights/blobs/{payload.sha256}", payload.size_bytes).to(path)
+        Download(self._client, f"/v1/weights/blobs/{payload.sha256}", payload).to(path)

@@ -1,92 +1,117 @@
-"""One payload over HTTP into a file: ranges side by side, received straight into the mapped file."""
+"""One payload over HTTP into a file: ranges side by side, straight into the mapped file, taken up after a restart."""
 
+import hashlib
 import http.client
 import mmap
 import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 
+import numpy as np
+
 from buffer.connection import ServiceClient
-from buffer.errors import ServiceUnreachable
+from buffer.errors import CorruptWeights, ServiceUnreachable
+from buffer.weights.manifest import Payload
+from buffer.weights.progress import Progress
 
 RANGE_BYTES = 64 << 20
 """Bytes of one request: large enough that its round trip does not count, small enough to share among connections."""
 
 
-class Download:
-    """A download of known size. Every range goes on where it was broken off, within the client's retry budget."""
+_PIECE_BYTES = 4 << 20  # received at a time: so much is received twice when the process dies
 
-    def __init__(self, client: ServiceClient, route: str, size_bytes: int) -> None:
+
+class Download:
+    """A download of known size and hash. Every range goes on where it broke off, within the client's retry budget."""
+
+    def __init__(self, client: ServiceClient, route: str, payload: Payload) -> None:
         self._client = client
         self._route = route
-        self._size = size_bytes
-        self._ranges = deque(
-            (start, min(start + RANGE_BYTES, size_bytes)) for start in range(0, size_bytes, RANGE_BYTES)
-        )
+        self._payload = payload
+        self._ranges: deque[tuple[int, int, int]] = deque()
         self._failed = threading.Event()
 
     def to(self, path: Path) -> None:
-        """Fill a file. Raises NotFound and what else the service names; ServiceUnreachable."""
-        connections = min(self._client.settings.download_connections, len(self._ranges))
-        with path.open("w+b") as file:
-            file.truncate(self._size)
-            memory = memoryview(mmap.mmap(file.fileno(), self._size))  # closed with its last slice
-        with ThreadPoolExecutor(connections) as executor:
-            for worker in [executor.submit(self._work, memory) for _ in range(connections)]:
-                worker.result()
+        """Fill a file; what an earlier call, or a process that was killed, left there of this payload is not fetched
+        again, and the whole is then proven by its sha256.
 
-    def _work(self, memory: memoryview) -> None:
+        Raises NotFound and what else the service names; ServiceUnreachable, after which another call goes on;
+        CorruptWeights when what was left is damaged, after which another call begins anew.
+        """
+        progress = Progress.open(path, self._payload, range_bytes=RANGE_BYTES)
+        self._ranges.extend(progress.missing())
+        with path.open("r+b") as file:
+            memory = memoryview(mmap.mmap(file.fileno(), self._payload.size_bytes))  # closed with its last slice
+        connections = min(self._client.settings.download_connections, len(self._ranges))
+        with ThreadPoolExecutor(max(1, connections)) as executor:
+            for worker in [executor.submit(self._work, memory, progress) for _ in range(connections)]:
+                worker.result()
+        progress.path.unlink()
+        if progress.taken_up_bytes and hashlib.sha256(memory).hexdigest() != self._payload.sha256:
+            path.unlink()
+            raise CorruptWeights(f"what was left of an earlier download to {path} is damaged", hint="fetch it again")
+
+    def _work(self, memory: memoryview, progress: Progress) -> None:
         """Fetch ranges over one connection until none is left, or another worker has failed."""
         connection = self._client.raw_connection()
         try:
             while not self._failed.is_set():
                 try:
-                    start, stop = self._ranges.popleft()
+                    number, start, stop = self._ranges.popleft()
                 except IndexError:
                     return
-                _Range(self._client, connection, self._route, self._size).fetch(memory[start:stop], start)
+                target = _Range(memory[start:stop], start, progress, number)
+                self._client.retry(lambda: self._attempt(connection, target), what=f"GET {self._route}")  # noqa: B023
         except BaseException:
             self._failed.set()
             raise
         finally:
             connection.close()
 
-
-class _Range:
-    """One range on its way."""
-
-    def __init__(
-        self, client: ServiceClient, connection: http.client.HTTPConnection, route: str, size_bytes: int
-    ) -> None:
-        self._client = client
-        self._connection = connection
-        self._route = route
-        self._size = size_bytes
-        self._done = 0
-
-    def fetch(self, target: memoryview, start: int) -> None:
-        """Fill the target with the bytes from `start` on."""
-        self._client.retry(lambda: self._attempt(target, start), what=f"GET {self._route}")
-
-    def _attempt(self, target: memoryview, start: int) -> None:
-        first, last = start + self._done, start + len(target) - 1
+    def _attempt(self, connection: http.client.HTTPConnection, target: "_Range") -> None:
+        """Ask for what is missing of a range, and take what comes of it."""
+        first, last = target.start + target.done, target.start + len(target.memory) - 1
+        headers = {"Range": f"bytes={first}-{last}", "If-Range": f'"{self._payload.sha256}"'}
         try:
-            response = self._client.raw_get(self._connection, self._route, {"Range": f"bytes={first}-{last}"})
-            whole = response.status == HTTPStatus.OK and last + 1 - first == self._size  # as good as that range
-            if not whole and response.getheader("Content-Range") != f"bytes {first}-{last}/{self._size}":
+            response = self._client.raw_get(connection, self._route, headers)
+            size = self._payload.size_bytes
+            whole = response.status == HTTPStatus.OK and last + 1 - first == size  # as good as that range
+            if not whole and response.getheader("Content-Range") != f"bytes {first}-{last}/{size}":
                 raise ServiceUnreachable(
                     f"{self._client.url} answered {response.status} to a request for bytes {first} to {last}",
                     hint="a proxy in between must pass Range requests on",
                 )
-            while self._done < len(target):
-                received = response.readinto(target[self._done :])
+            while target.done < len(target.memory):
+                received = response.readinto(target.memory[target.done : target.done + _PIECE_BYTES])
                 if not received:
-                    raise http.client.IncompleteRead(b"", len(target) - self._done)
-                self._done += received
+                    raise http.client.IncompleteRead(b"", len(target.memory) - target.done)
+                target.advance(received)
         except (OSError, http.client.HTTPException) as error:
             raise ServiceUnreachable(f"{self._client.url} broke off: {error or type(error).__name__}") from error
         finally:
-            if self._done < len(target):
-                self._connection.close()  # the rest of an answer is not read: the next attempt connects anew
+            if target.done < len(target.memory):
+                connection.close()  # the rest of an answer is not read: the next attempt connects anew
+
+
+@dataclass(frozen=True, slots=True)
+class _Range:
+    """One range on its way."""
+
+    memory: memoryview
+    """Its bytes in the target."""
+    start: int
+    """Where it begins in the payload."""
+    progress: Progress
+    number: int
+
+    @property
+    def done(self) -> int:
+        """Bytes received, from its beginning on."""
+        return int(self.progress.counts[self.number])
+
+    def advance(self, num_bytes: int) -> None:
+        """Count bytes that are in the target."""
+        self.progress.counts[self.number] += np.uint64(num_bytes)

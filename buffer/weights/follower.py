@@ -9,15 +9,17 @@ from pathlib import Path
 
 from buffer.errors import CorruptWeights, WrongBase
 from buffer.types import PolicyVersion
-from buffer.weights.manifest import Manifest
+from buffer.weights.manifest import Manifest, Payload
 from buffer.weights.mirror import Mirror
 from buffer.weights.plan import Step, cheapest_path
+from buffer.weights.progress import progress_path
 from buffer.weights.safetensors import join
 from buffer.weights.store import WeightStore
 
 log = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 4 << 20
+_PART = "part-"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +34,7 @@ class Fetched:
 
 
 class Follower:
-    """Owns a directory with the mapped mirror. Not for several threads."""
+    """Owns a directory with the mapped mirror and with downloads that broke off. Not for several threads."""
 
     def __init__(self, store: WeightStore, directory: Path, *, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._store = store
@@ -71,6 +73,7 @@ class Follower:
         self._file("mirror").unlink(missing_ok=True)
 
     def _take(self, path: tuple[Step, ...], manifest: Manifest) -> Mirror:
+        self._forget_parts({self._part(part) for step in path for part in step.parts})
         for step in path:
             with self._downloaded(step) as files:
                 if step.base_version is None:
@@ -97,15 +100,26 @@ class Follower:
 
     @contextmanager
     def _downloaded(self, step: Step) -> Iterator[list[Path]]:
-        files = [self._file(f"part-{number}") for number in range(len(step.parts))]
+        """Yield the files of a step, gone afterwards; what a broken download left stays for the next one."""
+        files = [self._part(part) for part in step.parts]
+        for file, part in zip(files, step.parts, strict=True):
+            self._store.download(part, file)
+            self.bytes_total += part.size_bytes
         try:
-            for file, part in zip(files, step.parts, strict=True):
-                self._store.download(part, file)
-                self.bytes_total += part.size_bytes
             yield files
         finally:
             for file in files:
                 file.unlink(missing_ok=True)
+
+    def _forget_parts(self, wanted: set[Path]) -> None:
+        """Delete what is left of downloads that no step wants, of an earlier process too."""
+        kept = wanted | {progress_path(part) for part in wanted}
+        for left in self._directory.glob(f"{_PART}*"):
+            if left not in kept:
+                left.unlink()
+
+    def _part(self, payload: Payload) -> Path:
+        return self._file(f"{_PART}{payload.sha256}")
 
     def _file(self, name: str) -> Path:
         return self._directory / f"{name}.safetensors"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from buffer.errors import CorruptWeights, NotFound
+from buffer.errors import CorruptWeights, NotFound, ServiceUnreachable
 from buffer.types import PolicyVersion
 from buffer.weights.delta import write_delta
 from buffer.weights.directory_store import DirectoryWeightStore
@@ -15,6 +15,7 @@ from buffer.weights.follower import Follower
 from buffer.weights.manifest import Manifest, Payload
 from buffer.weights.mirror import Mirror
 from buffer.weights.plan import Step, Ways
+from buffer.weights.progress import progress_path
 from buffer.weights.store import WeightStore, WeightStoreSettings, write_chunks
 from buffer.weights.tensors import HostTensor, checksum
 from tests.buffer.weights_sets import bits_of, mirror_of, tensor
@@ -183,3 +184,26 @@ def test_a_way_that_retention_cut_off_goes_on_with_the_next_manifest(store: Spoi
 
     mirror, _ = follower.follow(newest)
     assert mirror.version == 6
+
+
+def test_what_no_step_wants_is_deleted_and_a_broken_download_is_not(store: SpoiltStore, tmp_path: Path) -> None:
+    learner, follower = Learner(store), follower_of(store, tmp_path)
+    manifest = learner.publish()
+    wanted = tmp_path / "actor" / f"part-{manifest.payloads[0].sha256}.safetensors"
+    rubbish = tmp_path / "actor" / f"part-{'0' * 64}.safetensors"
+    for part in (wanted, progress_path(wanted), rubbish, progress_path(rubbish)):
+        part.write_bytes(b"left")
+
+    def unreachable(payload: Payload, content: bytes) -> bytes:
+        raise ServiceUnreachable("no answer")
+
+    store.spoil = unreachable
+    with pytest.raises(ServiceUnreachable):
+        follower.follow(manifest)
+    left = set((tmp_path / "actor").iterdir())
+
+    store.spoil = lambda payload, content: content
+    mirror, _ = follower.follow(manifest)
+
+    assert left == {wanted, progress_path(wanted)}
+    assert bits_of(mirror.tensors) == bits_of(learner.tensors)
