@@ -66,7 +66,7 @@ class ServiceClient:
 
     Every request is safe to repeat, so a lost answer, a proxy's error or StoreUnavailable is retried until the budget
     is spent; then ServiceUnreachable or StoreUnavailable is raised (DrawLost at once). `stopping` ends the pauses
-    between attempts.
+    between attempts: a last attempt follows at once.
     """
 
     def __init__(
@@ -194,6 +194,7 @@ class ServiceClient:
     def _retry(self, attempt: Callable[[], R], what: str) -> R:
         deadline = self._monotonic() + self.settings.retry_budget_s
         pause_s = self.settings.retry_first_s
+        is_last = False
         while True:
             try:
                 return attempt()
@@ -207,8 +208,9 @@ class ServiceClient:
                     hint="check that the service runs and that service.url is right",
                 )
             delay_s = pause_s * self._jitter.uniform(0.5, 1.0)
-            if self._monotonic() + delay_s > deadline or self._stopping.wait(delay_s):
+            if is_last or self._monotonic() + delay_s > deadline:
                 raise problem
+            is_last = self._stopping.wait(delay_s)
             if pause_s == self.settings.retry_first_s:
                 log.warning("%s; retrying for up to %g s", problem, self.settings.retry_budget_s)
             self.retries_total += 1

@@ -116,6 +116,7 @@ class LearnerLoop:
         self._owed = False  # a version that should go out, while an earlier one was still on its way
         self._coalesced = 0
         self._saved_updates = -1
+        self._report_s = 0.0
 
     def run(self) -> None:
         """Publish the weights at hand, train, and leave with everything published and saved.
@@ -211,14 +212,17 @@ class LearnerLoop:
             "time/sample_wait_s": waited_s,
             "time/publish_s": published_s - stepped_s,
             "time/checkpoint_s": self._now() - published_s,
+            "time/report_s": self._report_s,
             "publish/coalesced_versions_total": float(self._coalesced),
         }
         if (sent := self._publisher.sent) is not None:
             times |= {"publish/payload_bytes": float(sent.payload_bytes), "publish/background_s": sent.seconds}
+        reporting_s = self._now()
         trained = trained_groups(
             draw.samples, self._trainer.log_ratios, clock=draw.clock, max_tokens=self._settings.report_tokens
         )
         self._reporter.update(self._trainer.progress, {**metrics, **self._dropped, **self._mishaps, **times}, trained)
+        self._report_s = self._now() - reporting_s
 
     def _skip(self, error: StalewiseError) -> None:
         """Count an update that moved nothing; its batch is spent. Raises TooManySkips."""

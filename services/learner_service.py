@@ -7,7 +7,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from buffer.client import ClientSettings, HttpTable, HttpWeightStore, ServiceClient
-from buffer.errors import InvalidSettings, RunMismatch, ServiceUnreachable, StoreUnavailable
+from buffer.errors import InvalidSettings, RunMismatch, StalewiseError
 from buffer.evaluations_client import HttpEvaluations
 from buffer.fingerprint import model_fingerprint
 from buffer.heap import keep_freed_memory
@@ -51,18 +51,24 @@ log = logging.getLogger(__name__)
 
 REPORT_CLIENT = ClientSettings(connect_timeout_s=2.0, read_timeout_s=2.0, retry_budget_s=0.0)
 """A report that is lost is followed by another one: it must not hold up a step."""
+MAX_PENDING_REPORTS = 4
+"""Reports on their way; while there are so many, further ones are lost."""
 LOG_EVERY_UPDATES = 10
 
 
 class ServiceReporter:
-    """Writes metrics to the run's log and posts them to the service; a lost post is counted."""
+    """Writes metrics to the run's log and posts them to the service, beside the next step; a lost post is counted."""
 
-    def __init__(self, run_log: RunLog, client: ServiceClient, *, total_updates: int) -> None:
+    def __init__(self, run_log: RunLog, client: ServiceClient, executor: Executor, *, total_updates: int) -> None:
         self._run_log = run_log
         self._client = client
+        self._executor = executor
         self._total_updates = total_updates
         self._last: Mapping[str, float] = {}
+        self._pending = 0
         self._lost = 0
+        self._counts = threading.Lock()  # of the two numbers above: this thread's and the executor's
+        self._is_away = False  # the last report was not taken: the executor's
 
     def update(self, progress: Progress, metrics: Mapping[str, float], trained: Sequence[TrainedGroup]) -> None:
         """See learner.loop.Reporter."""
@@ -94,10 +100,25 @@ class ServiceReporter:
             waiting=wait,
             trained=tuple(trained),
         )
+        with self._counts:
+            is_sent = self._pending < MAX_PENDING_REPORTS
+            self._pending += is_sent
+            self._lost += not is_sent
+        if is_sent:
+            self._executor.submit(self._send, report)
+
+    def _send(self, report: LearnerReport) -> None:
+        error: StalewiseError | None = None
         try:
             self._client.post_learner_metrics(report)
-        except (ServiceUnreachable, StoreUnavailable):
-            self._lost += 1
+        except StalewiseError as caught:
+            error = caught
+        if error is not None and not self._is_away:
+            log.warning("the service does not take reports of the learner: %s", error)
+        self._is_away = error is not None
+        with self._counts:
+            self._pending -= 1
+            self._lost += self._is_away
 
 
 def run_learner(config: RunConfig, *, resume: bool) -> None:
@@ -278,6 +299,7 @@ def _open_reporter(config: RunConfig, trainer: Trainer, stack: ExitStack) -> Ser
     return ServiceReporter(
         stack.enter_context(closing(run_log)),
         stack.enter_context(closing(_report_client(config))),
+        stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="reporter")),
         total_updates=config.learner.total_updates,
     )
 

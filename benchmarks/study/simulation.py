@@ -84,7 +84,9 @@ class Result:
     seconds: float
 
 
-class _Simulation:
+class Simulation:
+    """Actor and learner of one run, in turns."""
+
     def __init__(self, run: Run, models: Path, scratch: Path) -> None:
         self.run = run
         self._scratch = scratch
@@ -123,6 +125,11 @@ class _Simulation:
             self._groups = self._queue.popleft()
         return self._groups
 
+    def train(self, groups: list[Group]) -> dict[str, float]:
+        """Make an update; return its metrics. Raises as Trainer.update."""
+        clock = self.trainer.progress.clock
+        return self.trainer.update(collate(_samples(groups, clock), clock=clock))
+
     def accuracy(self, passes: int = 1) -> float:
         """Held-out accuracy of the weights at hand."""
         self.load()
@@ -134,7 +141,7 @@ def simulate(run: Run, models: Path, on_evaluation: Callable[[Point], object] = 
     assert run.lag == 0 or run.reuse == 1, "lag and reuse are separate axes of the study"
     started_s = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
-        simulation = _Simulation(run, models, Path(scratch))
+        simulation = Simulation(run, models, Path(scratch))
         curve: list[Point] = []
 
         def evaluate(updates: int, passes: int = 1) -> None:
@@ -147,11 +154,12 @@ def simulate(run: Run, models: Path, on_evaluation: Callable[[Point], object] = 
         failure, skipped, skipped_in_a_row = None, 0, 0
         every = max(1, run.updates // NUM_EVALUATIONS)
         for update in range(run.updates):
-            groups, clock = simulation.batch(update), simulation.trainer.progress.clock
+            groups = simulation.batch(update)
             if update >= run.lag:
+                clock = simulation.trainer.progress.clock
                 ages |= {age for group in groups if (age := age_updates(group, clock)) is not None}
             try:
-                history.append(simulation.trainer.update(collate(_samples(groups, clock), clock=clock)))
+                history.append(simulation.train(groups))
                 skipped_in_a_row = 0
             except tuple(SKIPPED) as error:  # as learner.loop does: the batch is spent, the weights stay
                 skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1

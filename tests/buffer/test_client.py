@@ -132,7 +132,7 @@ def test_budget_ends_in_service_unreachable_that_names_the_url() -> None:
     client.close()
 
 
-def test_stopping_ends_the_pause_between_attempts() -> None:
+def test_stopping_ends_the_pause_between_attempts_and_a_last_one_follows() -> None:
     stopping = threading.Event()
     settings = ClientSettings(retry_budget_s=1000.0, retry_first_s=500.0, retry_max_s=500.0)
     client = ServiceClient(f"http://127.0.0.1:{closed_port()}", settings=settings, stopping=stopping)
@@ -143,6 +143,7 @@ def test_stopping_ends_the_pause_between_attempts() -> None:
         client.run_info()
 
     assert time.monotonic() - started_s < 100
+    assert client.retries_total == 1
     client.close()
 
 

@@ -8,20 +8,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 
 from buffer.client import HttpTable, HttpWeightStore
-from buffer.connection import ServiceClient
+from buffer.connection import ClientSettings, ServiceClient
 from buffer.errors import InvalidSettings, RunMismatch, ServiceUnreachable, StalewiseError
 from buffer.rate_limiter import RateLimiterSettings
 from learner.collate import collate
 from learner.distributed import ALONE, Ranks
 from learner.run_log import RunLog
 from learner.step import Progress
-from services.learner_service import ServiceReporter, check_ranks, run_learner
+from services.learner_service import MAX_PENDING_REPORTS, ServiceReporter, check_ranks, run_learner
 from services.settings import RunConfig, load_config
 from tests.factories import RUN_ID, make_group
 from tests.learner.builders import make_trainer, plain_samples, save_tiny_model
@@ -136,8 +137,9 @@ def test_every_tenth_update_logs_the_thresholds_to_choose_from(
 ) -> None:
     metrics = {**make_trainer(model_dir).update(collate(plain_samples(0), clock=1)), "time/sample_wait_s": 0.5}
     run_log = RunLog(tmp_path, run_name="run", wandb_project=None, updates_done=0)
-    with closing(run_log), closing(ServiceClient("http://127.0.0.1:1", settings=NO_RETRY)) as client:
-        reporter = ServiceReporter(run_log, client, total_updates=10)
+    client = ServiceClient("http://127.0.0.1:1", settings=NO_RETRY)
+    with closing(run_log), closing(client), ThreadPoolExecutor(1) as executor:
+        reporter = ServiceReporter(run_log, client, executor, total_updates=10)
         with caplog.at_level(logging.INFO):
             for updates in (9, 10):
                 reporter.update(Progress(updates, updates), metrics, ())
@@ -146,6 +148,22 @@ def test_every_tenth_update_logs_the_thresholds_to_choose_from(
     p50, p70, p90 = (f"{metrics[f'trust_region/max_k2_nats_p{percent}_estimate']:.3g}" for percent in (50, 70, 90))
     assert len(shown) == 1
     assert f"keep 50 / 70 / 90 % of the sequences: max_k2_nats_estimate {p50} / {p70} / {p90}, mean_k3" in shown[0]
+
+
+def test_reports_that_a_service_does_not_answer_are_counted_and_never_pile_up(model_dir: Path, tmp_path: Path) -> None:
+    metrics = {**make_trainer(model_dir).update(collate(plain_samples(0), clock=1)), "time/sample_wait_s": 0.5}
+    run_log = RunLog(tmp_path, run_name="run", wandb_project=None, updates_done=0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        client = ServiceClient(url, settings=ClientSettings(read_timeout_s=0.2, retry_budget_s=0.0))
+        with closing(run_log), closing(client), ThreadPoolExecutor(1) as executor:
+            reporter = ServiceReporter(run_log, client, executor, total_updates=10)
+            for updates in range(1, MAX_PENDING_REPORTS + 4):
+                reporter.update(Progress(updates, updates), metrics, ())
+
+    lost = [json.loads(line)["report/lost_total"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lost[0] == 0
+    assert lost[-1] >= 2
 
 
 @pytest.mark.timeout(240)
