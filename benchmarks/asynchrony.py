@@ -67,12 +67,10 @@ def main() -> None:
         shutil.copytree(DEMO_MODEL, scratch / "models/running_sums-0")
         actor_s, learner_s = lock_step(updates, scratch / "models", scratch)
         update_s, idle = asynchronous(updates, scratch)
-    print(
-        f"lock-step: a batch of rollouts {actor_s:.3f} s, an update {learner_s:.3f} s, together {actor_s + learner_s:.3f} s"
-    )
-    print(f"asynchronous: {update_s:.3f} s from update to update, the learner idle for {idle:.1%} of them")
-    bound = (actor_s + learner_s) / max(actor_s, learner_s)
-    print(f"{(actor_s + learner_s) / update_s:.2f} x faster; {bound:.2f} x is the bound at these costs")
+    both_s = actor_s + learner_s
+    print(f"lock-step: a batch of rollouts {actor_s:.3f} s, an update {learner_s:.3f} s, together {both_s:.3f} s")
+    print(f"asynchronous: {update_s:.3f} s from update to update, of which the learner is idle for {idle:.1%}")
+    print(f"{both_s / update_s:.2f} x faster; the bound at these costs is {both_s / max(actor_s, learner_s):.2f} x")
 
 
 if __name__ == "__main__":
