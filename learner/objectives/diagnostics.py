@@ -85,7 +85,7 @@ def _by_age(tokens: Tokens, gates: Mapping[str, Tensor]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for name, row in zip(AGE_BUCKETS, rows, strict=True):
         metrics |= _bucket_metrics(f"age_{name}_", row, gates=tuple(gates))
-        metrics[f"age/age_{name}_tokens_share"] = row[0] / total[0]
+        metrics[f"age/age_{name}_tokens_share"] = row[0] / max(total[0], 1)
     return metrics | _bucket_metrics("", total, gates=tuple(gates)) | _quantiles(ratio)
 
 

@@ -78,6 +78,32 @@ def test_the_batch_is_reported_as_a_whole() -> None:
     assert metrics["k1/nats_mean"] == pytest.approx(-statistics.fmean(logs), abs=1e-6)
 
 
+def test_quantiles_are_the_nearest_ranks_of_all_ratios() -> None:
+    metrics = diagnosed()
+
+    ratios = sorted(math.exp(log) for part in LOG_RATIOS_BY_AGE.values() for log in part)
+    assert len(ratios) == 24
+    for name, rank in (("p01", 0), ("p10", 2), ("p50", 12), ("p90", 21), ("p99", 23)):  # share of the way from 0 to 23
+        assert metrics[f"ratio/{name}"] == pytest.approx(ratios[rank], rel=1e-5)
+
+
+def test_a_sequence_without_trained_tokens_has_no_age() -> None:
+    tokens = tokens_of((ROWS[0], replace(ROWS[1], mask=[0] * len(ROWS[1].mask))))
+
+    metrics = diagnose(tokens, build_objective("trm", {})(tokens, {}))
+
+    shares = [name for name in metrics if name.endswith("sequences_kept_share") and "_age_" in name]
+    assert shares == ["gate/trust_region_max_estimate_age_4_15_sequences_kept_share"]
+
+
+def test_a_batch_without_trained_tokens_has_no_quantiles() -> None:
+    tokens = tokens_of((replace(ROWS[0], mask=[0] * 5),))
+
+    metrics = diagnose(tokens, build_objective("dapo", {})(tokens, {}))
+
+    assert [name for name in metrics if name.startswith("ratio/")] == []
+
+
 def test_gates_report_what_they_closed_by_age_and_by_sequence() -> None:
     metrics = diagnosed(max_k2=0.1, mean_k3=1e9)
 

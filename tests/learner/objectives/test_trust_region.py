@@ -144,7 +144,10 @@ def test_the_acceptance_curve_reads_every_statistic_at_every_threshold() -> None
             assert metrics[f"trust_region/{name}_within_{spelled}_share{suffix}"] == pytest.approx(share)
         median = statistics.median(values)
         assert metrics[f"trust_region/{name}_p50{suffix}"] == pytest.approx(median, rel=1e-4)
-    assert sum(name.endswith("_share_estimate") for name in metrics) == 3 * len(THRESHOLDS)
+    curve = r"trust_region/max_k2_nats_within_(\w+)_share_estimate"
+    read = [found[1] for name in metrics if (found := re.fullmatch(curve, name))]
+    assert read == ["0_001", "0_002", "0_005", "0_01", "0_02", "0_05", "0_1", "0_2", "0_5"]
+    assert sum(name.endswith("_share_estimate") for name in metrics) == 3 * len(read)
 
 
 def test_shares_of_the_curve_are_what_the_gate_keeps_at_that_threshold() -> None:
@@ -173,13 +176,14 @@ def test_names_say_what_was_estimated_what_is_a_lower_bound_and_what_is_exact() 
     exact = diagnosed(tokens_of())
     bounded = diagnosed(without(tokens_of(), frozenset({Column.EXACT_KL, Column.EXACT_TV})))
     sampled = diagnosed(without(tokens_of(), DIVERGENCES))
+    just_enough = diagnosed(without(tokens_of(), frozenset(Column) - {Column.EXACT_KL, Column.EXACT_TV}))
 
     def named(metrics: dict[str, float], start: str) -> set[str]:
         return {
             name.removeprefix(f"trust_region/{start}") for name in metrics if name.startswith(f"trust_region/{start}")
         }
 
-    assert named(exact, "bound_best") == {""}
+    assert named(exact, "bound_best") == named(just_enough, "bound_best") == {""}
     assert named(bounded, "bound_best") == named(sampled, "bound_best") == {"_estimate"}
     assert named(exact, "max_kl_nats_p70") == {""}
     assert named(bounded, "max_kl_nats_p70") == {"_lower_bound"}
