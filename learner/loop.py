@@ -214,6 +214,7 @@ class LearnerLoop:
             "time/checkpoint_s": self._now() - published_s,
             "time/report_s": self._report_s,
             "publish/coalesced_versions_total": float(self._coalesced),
+            "dropped/lost_draws_total": float(self._prefetcher.lost_draws),
         }
         if (sent := self._publisher.sent) is not None:
             times |= {"publish/payload_bytes": float(sent.payload_bytes), "publish/background_s": sent.seconds}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from buffer.errors import DrawLost
 from buffer.selectors import Selector
 from buffer.table import SampleRequest, TableStats
 from buffer.types import PolicyVersion, Sample
@@ -67,6 +68,8 @@ class Prefetcher:
         self._schedule = schedule
         self._request_prefix = request_prefix
         self._now = now
+        self.lost_draws = 0
+        """Draws whose answer was lost, and their groups with it before it could be given again."""
         self._answered_s = now()
         self._why_empty = "no answer yet"
         self._left = threading.Event()
@@ -134,7 +137,14 @@ class Prefetcher:
             selector=selector,
         )
         while not self._left.is_set():
-            if samples := self._draw_batch(request):
+            try:
+                samples = self._draw_batch(request)
+            except DrawLost as error:
+                self.lost_draws += 1
+                log.warning("%s; drawing anew", error)
+                request = request.model_copy(update={"request_id": f"{request_id}-after-{self.lost_draws}-lost"})
+                continue
+            if samples:
                 clock = self._clock()
                 return Draw(samples, collate(samples, clock=clock), clock)
             self._why_empty = _why_empty(self._stats())

@@ -53,11 +53,19 @@ class _Reporter:
 class LoopRig:
     """A learner over a MemoryTable whose version follows the weight store, as a service's does."""
 
-    def __init__(self, model_dir: Path, tmp_path: Path, *, settings: LearnerSettings, gate: int | None = None) -> None:
+    def __init__(
+        self,
+        model_dir: Path,
+        tmp_path: Path,
+        *,
+        settings: LearnerSettings,
+        gate: int | None = None,
+        table: TableSettings | None = None,
+    ) -> None:
         self.settings = settings
         self.stop = threading.Event()
         limiter = RateLimiterSettings(samples_per_insert=4, min_size=2, error_buffer=1_000)
-        self.table = MemoryTable(TableSettings(), limiter, RUN_ID)
+        self.table = MemoryTable(table or TableSettings(), limiter, RUN_ID)
         self.store = ListedStore(published=self.table.advance_version)
         self.trainer: Trainer = make_trainer(model_dir)
         self.publisher = Publisher(
@@ -192,6 +200,32 @@ def test_groups_that_aged_over_the_gate_while_prefetched_are_dropped_and_counted
     dropped = rig.reporter.updates[-1][1]["dropped/over_age_groups_total"]
     assert dropped >= 1
     assert "2 updates old, the gate is at 1" in caplog.text
+
+
+def test_a_draw_that_is_lost_for_good_is_counted_and_made_anew(
+    model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first answer does not arrive, its groups left when other ones took their room."""
+    table = TableSettings(capacity_groups=2, repeat_max_bytes=1)
+    rig = LoopRig(model_dir, tmp_path, settings=loop_settings(total_updates=1), table=table)
+    rig.table.advance_version(0)
+    rig.insert(*(make_group(name) for name in "ab"))
+    answer = rig.table.sample
+
+    def lossy(request: SampleRequest) -> list[Sample]:
+        samples = answer(request)
+        if len(rig.requests) > 1:
+            return samples
+        rig.insert(*(make_group(name) for name in "cd"))
+        return answer(request)
+
+    rig.table.sample = lossy  # type: ignore[method-assign]  # a network that loses an answer
+    rig.loop().run()
+
+    (update,) = (metrics for _, metrics in rig.reporter.updates)
+    assert update["dropped/lost_draws_total"] == 1
+    assert rig.requests[1].request_id == f"{rig.requests[0].request_id}-after-1-lost"
+    assert "drawing anew" in caplog.text
 
 
 def test_data_that_the_model_cannot_read_is_refused_by_name() -> None:

@@ -23,7 +23,8 @@ VARIANTS: dict[str, dict[str, object]] = {
 }
 
 EMITTED_BY_THE_PROCESS = {
-    *(f"time/{name}_s" for name in ("sample_wait", "publish", "checkpoint")),
+    *(f"time/{name}_s" for name in ("sample_wait", "publish", "checkpoint", "report")),
+    "dropped/lost_draws_total",
     *(f"dropped/{refusal.value}_groups_total" for refusal in Refusal),
     *(f"skipped/{name}_updates_total" for name in SKIPPED.values()),
     "stall/warnings_total",
