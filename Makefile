@@ -6,7 +6,7 @@ export OMP_NUM_THREADS := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup docs demo compare staleness staleness-quick test test-chaos test-cluster test-distributed test-browser test-nginx test-fuzz mutation lint format types imports check setup-vllm test-vllm setup-reverb bench-buffer
+.PHONY: setup docs demo compare staleness staleness-quick test test-chaos test-cluster test-distributed test-compile test-browser test-nginx test-fuzz mutation lint format types imports check setup-vllm test-vllm setup-reverb bench-buffer
 
 setup: $(VENV)/.done
 
@@ -46,6 +46,10 @@ test-cluster: setup
 # two gloo ranks on the CPU: the step alone, then the learner against a real service, about five minutes
 test-distributed: setup
 	$(BIN)/pytest tests/distributed --distributed -n 0 $(ARGS)
+
+# torch.compile against plain layers on the CPU, with a C++ compiler; about two minutes
+test-compile: setup
+	$(BIN)/pytest tests/compiled --compile -n 0 $(ARGS)
 
 # the fuzzers of `make test` with 60 times their executions, about an hour
 test-fuzz: setup

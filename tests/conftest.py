@@ -14,6 +14,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--chaos-kills", type=int, default=5, help="kills of each chaos test (make test-chaos: 100)")
     parser.addoption("--chaos-seed", type=int, default=1, help="whom they hit, and when")
     parser.addoption("--cluster", action="store_true", help="the tests on a Redis Cluster, too (make test-cluster)")
+    parser.addoption("--compile", action="store_true", help="run what starts a C++ compiler (make test-compile)")
     parser.addoption("--distributed", action="store_true", help="run what starts torchrun (make test-distributed)")
     parser.addoption("--fuzz-scale", type=float, default=1.0, help="executions of the fuzzers (make test-fuzz: 60)")
 

@@ -1,0 +1,56 @@
+"""`learner.compute.compile`: compiled layers give the losses and gradients of plain ones, through whole updates.
+
+Starts a C++ compiler, and takes a minute or two of a core: only with --compile (make test-compile).
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from learner.collate import collate
+from learner.settings import ComputeSettings
+from learner.step import Trainer
+from tests.learner.builders import make_trainer, mixed_samples, plain_samples, save_tiny_model
+
+BATCHES = (plain_samples(0), mixed_samples())
+"""Unequal shapes, several micro-batches, tool tokens, truncated sampling."""
+
+
+def _updates(trainer: Trainer) -> list[tuple[dict[str, float], dict[str, Tensor]]]:
+    """Return the metrics and the clipped gradients of an update on each batch."""
+    seen = []
+    for samples in BATCHES:
+        metrics = trainer.update(collate(samples, clock=3))
+        parameters = trainer.policy.model.named_parameters()
+        seen.append((metrics, {name: p.grad.clone() for name, p in parameters if p.grad is not None}))
+    return seen
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore")  # the compiler looks at what warns; as errors its warnings break it
+def test_compiled_layers_give_the_losses_and_gradients_of_plain_ones(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if not request.config.getoption("--compile"):
+        pytest.skip("compiles C++: make test-compile")
+    torch.set_num_threads(1)
+    save_tiny_model(tmp_path)
+
+    def trainer(*, compiled: bool) -> Trainer:
+        compute = ComputeSettings(compile=compiled)
+        return make_trainer(tmp_path, objective="stalewise", micro_batch_tokens=24, compute=compute)
+
+    plain = _updates(trainer(compiled=False))
+    graphs_before = counters["stats"]["unique_graphs"]
+    compiled = _updates(trainer(compiled=True))
+
+    assert counters["stats"]["unique_graphs"] > graphs_before  # it did not fall back to plain layers
+    for (metrics, gradients), (metrics_compiled, gradients_compiled) in zip(plain, compiled, strict=True):
+        for name in [name for name in metrics if not name.startswith("time/")]:
+            assert metrics_compiled[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-5), name
+        assert gradients_compiled.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradients_compiled[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
