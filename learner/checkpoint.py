@@ -8,7 +8,6 @@ Names of tensors: `policy/<weight>`, `optimizer/state.<parameter>.<key>`, `refer
 a reference of its own, and `torch_random_state`. With several ranks the root is on a file system that all share.
 """
 
-import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -31,6 +30,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from buffer.errors import RunMismatch
+from learner.disk import sync
 from learner.distributed import ALONE, Ranks
 from learner.errors import CorruptCheckpoint
 from learner.step import Progress, Trainer
@@ -93,12 +93,12 @@ class Checkpoints:
             save(_tensors(trainer), storage_writer=writer, no_dist=self._ranks.size == 1)
         if self._ranks.is_first:
             (draft / "state.json").write_text(self._state(trainer).model_dump_json(indent=1))
-            _sync(draft / "state.json")
-            _sync(draft)
+            sync(draft / "state.json")
+            sync(draft)
             if final.exists():  # a resumed run that got no further than its checkpoint
                 self._discard(final)
             draft.rename(final)
-            _sync(self._root)
+            sync(self._root)
             for old in self._all()[: -self._keep]:
                 self._discard(old)
         self._ranks.wait_for_all()
@@ -202,12 +202,3 @@ def _unreadable(checkpoint: Path, reason: object) -> CorruptCheckpoint:
     return CorruptCheckpoint(
         f"{checkpoint} cannot be read: {first_line}", hint="delete it to resume from the one before"
     )
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or a directory entry to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,8 +1,8 @@
-"""What evaluations mean for the learner: every result in the run's directory, and an end when they get no better.
+"""What evaluations mean for the learner: results in the run's directory, the best version kept, an end without better.
 
 | waits for | produces | unblocked by | on shutdown |
 |---|---|---|---|
-| a tick | lines of evaluations.jsonl; the stop of a run that no longer improves | the clock | a last look |
+| a tick | lines of evaluations.jsonl; the best weights; the stop of a run without progress | the clock | a last look |
 """
 
 import logging
@@ -14,9 +14,10 @@ from typing import Self
 
 from pydantic import ValidationError
 
-from buffer.errors import ServiceUnreachable, StoreUnavailable
+from buffer.errors import CorruptWeights, NotFound, ServiceUnreachable, StoreUnavailable
 from buffer.evaluations import Evaluation, Evaluations, best_version
 from buffer.types import PolicyVersion
+from learner.best import BestWeights
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +29,20 @@ class EvaluationWatch:
     """A thread that follows the evaluations of a run. Entered and left by the learner's main thread."""
 
     def __init__(
-        self, evaluations: Evaluations, path: Path, *, patience_evaluations: int | None, stop: threading.Event
+        self,
+        evaluations: Evaluations,
+        path: Path,
+        *,
+        patience_evaluations: int | None,
+        best_weights: BestWeights | None,
+        stop: threading.Event,
     ) -> None:
+        """`best_weights` None = they stay in the weight store alone."""
         self._evaluations = evaluations
         self._path = path
         self._patience = patience_evaluations
+        self._best_weights = best_weights
+        self._not_kept: PolicyVersion | None = None  # the version that could not be kept, which was said
         self._stop = stop
         self._left = threading.Event()
         self._results = _read(path)
@@ -46,7 +56,7 @@ class EvaluationWatch:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._left.set()
-        self._thread.join(timeout=10 * POLL_S)
+        self._thread.join()  # its clients give up on a service that is silent
 
     def _run(self) -> None:
         while True:
@@ -56,7 +66,7 @@ class EvaluationWatch:
                 return
 
     def look(self) -> None:
-        """Write down what is new, and stop the run if the last `patience_evaluations` brought nothing better."""
+        """Write down what is new, keep the best version, and stop the run if nothing better came for long enough."""
         try:
             board = self._evaluations.read()
         except (ServiceUnreachable, StoreUnavailable):
@@ -66,6 +76,19 @@ class EvaluationWatch:
             self._results |= {evaluation.version: evaluation for evaluation in new}
             _append(self._path, new)
             self._judge()
+        if self._best_weights is not None and self._results:
+            self._keep_best(self._best_weights)
+
+    def _keep_best(self, weights: BestWeights) -> None:
+        """Keep the best version; what fails is tried again at the next look."""
+        best = best_version(self._results)
+        assert best is not None
+        try:
+            weights.keep(self._results[best])
+        except (NotFound, CorruptWeights, ServiceUnreachable, StoreUnavailable, OSError) as error:
+            if best != self._not_kept:
+                log.warning("version %d, the best one, is not kept yet: %s", best, error)
+                self._not_kept = best
 
     def _judge(self) -> None:
         best = best_version(self._results)

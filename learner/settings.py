@@ -118,6 +118,9 @@ class LearnerSettings(Settings):
     """Newest checkpoints that are kept; 2 leave one if a disk spoils the other."""
     early_stop_evaluations: Annotated[int, Field(ge=1)] | None = None
     """Evaluations in a row without a new best pass@1 after which the run ends. null = it goes on to total_updates."""
+    keep_best: bool = False
+    """Keep the weights of the version with the best pass@1 as a model directory, `learner/best` of the run's: one model
+    on disk more, fetched from the weight store at each new best. Off: they stay in the store, which pins them."""
     reference_reset_every: Annotated[int, Field(ge=1)] | None = None
     """Updates after which the reference becomes the current policy, again and again; ReVal uses 200. None = never."""
     reference_cache_bytes: Annotated[int, Field(ge=0)] = 256 << 20

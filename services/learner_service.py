@@ -28,6 +28,7 @@ from buffer.trained import TrainedGroup
 from buffer.types import Sample
 from buffer.wire import LearnerReport
 from learner.admission import Admission
+from learner.best import BestWeights
 from learner.checkpoint import Checkpoints
 from learner.distributed import Ranks, joined
 from learner.evaluation import EvaluationWatch
@@ -169,7 +170,7 @@ def _learn(
     if not ranks.is_first:
         follow(trainer, publisher, checkpoints, config.learner, ranks=ranks)
         return
-    _watch_evaluations(config, stop, stack)
+    _watch_evaluations(config, model_dir, stop, stack)
     LearnerLoop(
         trainer=trainer,
         prefetcher=_make_prefetcher(config, trainer, sample_source(config, client, stack)),
@@ -304,15 +305,22 @@ def _open_reporter(config: RunConfig, trainer: Trainer, stack: ExitStack) -> Ser
     )
 
 
-def _watch_evaluations(config: RunConfig, stop: threading.Event, stack: ExitStack) -> None:
+def _watch_evaluations(config: RunConfig, model_dir: Path, stop: threading.Event, stack: ExitStack) -> None:
+    if config.actor.evaluation.every_updates is None:
+        return
+    directory = config.run.directory / "learner"
+    best = None
+    if config.learner.keep_best:
+        client = stack.enter_context(closing(connect(config, stopping=stop)))
+        best = BestWeights(HttpWeightStore(client), directory, model_dir=model_dir)
     watch = EvaluationWatch(
         HttpEvaluations(stack.enter_context(closing(_report_client(config)))),
-        config.run.directory / "learner" / "evaluations.jsonl",
+        directory / "evaluations.jsonl",
         patience_evaluations=config.learner.early_stop_evaluations,
+        best_weights=best,
         stop=stop,
     )
-    if config.actor.evaluation.every_updates is not None:
-        stack.enter_context(watch)
+    stack.enter_context(watch)
 
 
 def _report_client(config: RunConfig) -> ServiceClient:

@@ -145,11 +145,13 @@ def connect(config: RunConfig, *, stopping: threading.Event | None = None) -> Se
 
 
 def _check_evaluations(config: RunConfig) -> None:
-    if config.learner.early_stop_evaluations is not None and config.actor.evaluation.every_updates is None:
-        raise InvalidSettings(
-            f"learner.early_stop_evaluations={config.learner.early_stop_evaluations}, but nothing is evaluated",
-            hint="set actor.evaluation.every_updates",
-        )
+    wishes = {"early_stop_evaluations": config.learner.early_stop_evaluations, "keep_best": config.learner.keep_best}
+    for name, wish in wishes.items():
+        if wish and config.actor.evaluation.every_updates is None:
+            raise InvalidSettings(
+                f"learner.{name}={json.dumps(wish)}, but nothing is evaluated",
+                hint="set actor.evaluation.every_updates",
+            )
 
 
 def _check_pacing(config: RunConfig) -> None:

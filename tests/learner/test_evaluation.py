@@ -6,6 +6,7 @@ from pathlib import Path
 
 from buffer.errors import ServiceUnreachable
 from buffer.evaluations import ClaimAnswer, Evaluation, EvaluationBoard, EvaluationClaim, best_version
+from learner.best import BestWeights
 from learner.evaluation import EvaluationWatch
 from tests.services.test_evaluations import result
 
@@ -30,8 +31,10 @@ class _Board:
         return EvaluationBoard(results=self.results, best_version=best, running=[])
 
 
-def _watch(board: _Board, path: Path, stop: threading.Event, *, patience: int | None = 2) -> EvaluationWatch:
-    return EvaluationWatch(board, path, patience_evaluations=patience, stop=stop)
+def _watch(
+    board: _Board, path: Path, stop: threading.Event, *, patience: int | None = 2, best: BestWeights | None = None
+) -> EvaluationWatch:
+    return EvaluationWatch(board, path, patience_evaluations=patience, best_weights=best, stop=stop)
 
 
 def _versions(path: Path) -> list[int]:

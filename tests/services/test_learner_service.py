@@ -13,10 +13,14 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 
 from buffer.client import HttpTable, HttpWeightStore
 from buffer.connection import ClientSettings, ServiceClient
 from buffer.errors import InvalidSettings, RunMismatch, ServiceUnreachable, StalewiseError
+from buffer.evaluations import EvaluationClaim
+from buffer.evaluations_client import HttpEvaluations
+from buffer.fingerprint import model_fingerprint
 from buffer.rate_limiter import RateLimiterSettings
 from learner.collate import collate
 from learner.distributed import ALONE, Ranks
@@ -28,6 +32,7 @@ from tests.factories import RUN_ID, make_group
 from tests.learner.builders import make_trainer, plain_samples, save_tiny_model
 from tests.learner.documented import undocumented
 from tests.services.live import NO_RETRY, PublishingTable, ServeProcess, make_context, serving, stalewise
+from tests.services.test_evaluations import result
 
 GENEROUS = RateLimiterSettings(samples_per_insert=1_000, min_size=2, error_buffer=10_000)
 
@@ -130,6 +135,33 @@ def test_a_learner_trains_over_http_is_killed_resumes_and_ends(model_dir: Path, 
     assert len(list((learner_dir / "tensorboard").glob("events.out.tfevents.*"))) == 2
     state = json.loads((learner_dir / "checkpoints" / f"update-{end:08d}" / "state.json").read_text())
     assert state["settings"]["learner"]["groups_per_update"] == 2
+
+
+def test_the_best_evaluated_version_is_kept_beside_the_checkpoints(model_dir: Path, tmp_path: Path) -> None:
+    best = tmp_path / RUN_ID / "learner" / "best"
+    with serving(make_context(tmp_path / "service", limiter=GENEROUS)) as url, ThreadPoolExecutor(1) as executor:
+
+        def evaluate_and_feed() -> None:
+            with closing(ServiceClient(url, settings=NO_RETRY)) as client:
+                while client.run_info().latest_version is None:
+                    time.sleep(0.02)
+                evaluations = HttpEvaluations(client)
+                assert evaluations.claim(EvaluationClaim(actor_id="a", version=0, every_updates=5, lease_s=60)).granted
+                evaluations.record(result(0))
+                while not best.is_symlink():
+                    time.sleep(0.02)
+                _insert(client)
+
+        fed = executor.submit(evaluate_and_feed)
+        more = ("learner.keep_best=true", "actor.evaluation.every_updates=5", "learner.total_updates=1")
+        run_learner(_config(tmp_path, url, model_dir, *more), resume=False)
+        fed.result()
+
+    assert best.readlink() == Path("best-00000000")
+    assert model_fingerprint(best) == model_fingerprint(model_dir)
+    kept, first = (safetensors.torch.load_file(where / "model.safetensors") for where in (best, model_dir))
+    assert kept.keys() == first.keys()
+    assert all(tensor.equal(first[name]) for name, tensor in kept.items())
 
 
 def test_every_tenth_update_logs_the_thresholds_to_choose_from(

@@ -53,6 +53,8 @@ def test_values_are_toml_or_json_or_bare_words(override: str, expected: str) -> 
             "table.capcity_groups=3",
             "unknown setting table.capcity_groups (did you mean table.capacity_groups or table.capacity_bytes or ",
         ),
+        ("learner.keep_best=true", "learner.keep_best=true, but nothing is evaluated (set actor.evaluation.every_"),
+        ("learner.early_stop_evaluations=3", "learner.early_stop_evaluations=3, but nothing is evaluated (set actor."),
         ("tabel.ttl_s=1", "unknown setting tabel (did you mean table or table.ttl_s?)"),
         (
             "table.capacity_groups=many",
