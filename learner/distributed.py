@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from buffer.errors import InvalidSettings
 from learner.collate import Batch, Distribution, Kept
 
 _WIRE_TYPES: list[Any] = [Batch, Distribution, Kept]
@@ -91,10 +92,11 @@ ALONE = Ranks()
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
+def joined(device: str) -> Iterator[Ranks]:
     """Join torchrun's process group for this block; without torchrun this process is alone.
 
-    Each rank of a machine gets its own GPU as the current one. A rank that leaves the block by an error leaves the
+    With a device of cuda each rank of a machine gets a GPU as the current one; raises InvalidSettings when there are
+    fewer GPUs than ranks. A rank that leaves the block by an error leaves the
     others without an answer: they end by the closed connection, or by torchrun, whichever comes first.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -102,11 +104,21 @@ def joined() -> Iterator[Ranks]:
         yield ALONE
         return
     _end_with_parent()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    on_gpus = device == "cuda" and torch.cuda.is_available()
+    if on_gpus:
+        _take_gpu(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
     yield Ranks(rank=dist.get_rank(), size=size)
     dist.destroy_process_group()  # not after an error: it may wait for ranks that are gone
+
+
+def _take_gpu(number: int) -> None:
+    if number >= torch.cuda.device_count():
+        raise InvalidSettings(
+            f"rank {number} of this machine has no GPU: there are {torch.cuda.device_count()}",
+            hint="start torchrun with as many processes a machine as it has GPUs",
+        )
+    torch.cuda.set_device(number)
 
 
 def _end_with_parent() -> None:

@@ -132,7 +132,7 @@ def run_learner(config: RunConfig, *, resume: bool) -> None:
     torch.set_num_threads(config.learner.threads)
     torch.manual_seed(config.run.seed)
     transformers_logging.disable_progress_bar()
-    with joined() as ranks:
+    with joined(config.learner.device) as ranks:
         check_ranks(config, ranks)
         if ranks.is_first:
             log_settings(config)

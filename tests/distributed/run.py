@@ -80,7 +80,7 @@ def _gradients_of_single_rows(trainer: Trainer, batch: Batch) -> dict[str, float
 if __name__ == "__main__":
     torch.set_num_threads(1)
     model, run, begin, end = sys.argv[1:]
-    with joined() as all_ranks:
+    with joined("cpu") as all_ranks:
         found = train(Path(model), Path(run), all_ranks, int(begin), int(end))
         # every rank must have computed the same, from the same scores
         for name in ("loss/total", "gradient/norm"):

@@ -106,8 +106,7 @@ def _is_alive(pid: int) -> bool:
 
 
 def _latest(client: ServiceClient) -> int:
-    version = client.run_info().latest_version
-    return -1 if version is None else version
+    return client.run_info().latest_version
 
 
 def _insert(client: ServiceClient) -> None:

@@ -143,7 +143,7 @@ def test_the_best_evaluated_version_is_kept_beside_the_checkpoints(model_dir: Pa
 
         def evaluate_and_feed() -> None:
             with closing(ServiceClient(url, settings=NO_RETRY)) as client:
-                while client.run_info().latest_version is None:
+                while client.run_info().latest_version != 0:
                     time.sleep(0.02)
                 evaluations = HttpEvaluations(client)
                 assert evaluations.claim(EvaluationClaim(actor_id="a", version=0, every_updates=5, lease_s=60)).granted
