@@ -21,7 +21,8 @@ from learner.disk import sync
 
 log = logging.getLogger(__name__)
 
-_LINK, _NEW_LINK, _PREFIX, _DRAFT = "best", ".best-link", "best-", ".best-draft"
+_LINK, _NEW_LINK, _PREFIX = "best", ".best-link", "best-"
+_DRAFT, _FETCHED = ".best-draft", ".best-fetched"
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
 """What is taken from the run's model: configuration and tokenizer, whatever the family calls them."""
 _INDEX = ".index.json"
@@ -50,12 +51,14 @@ class BestWeights:
         """
         if evaluation.version == self.version:
             return
-        draft, kept = self._root / _DRAFT, self._root / f"{_PREFIX}{evaluation.version:08d}"
+        draft, fetched = self._root / _DRAFT, self._root / _FETCHED
+        kept = self._root / f"{_PREFIX}{evaluation.version:08d}"
         for left in (draft, kept):  # by a learner that was killed
             shutil.rmtree(left, ignore_errors=True)
         draft.mkdir(parents=True)
+        fetched.mkdir(exist_ok=True)  # where a download that was broken off goes on
         manifest = self._store.manifest(evaluation.version)
-        mirror, _ = Follower(self._store, draft).follow(manifest)
+        mirror, _ = Follower(self._store, fetched).follow(manifest)
         assert mirror.path is not None, "a follower's mirror is a file"
         mirror.path.rename(draft / ("model.safetensors" if manifest.adapter is None else "adapter_model.safetensors"))
         self._describe(draft, manifest)
@@ -64,6 +67,7 @@ class BestWeights:
             sync(path)
         draft.rename(kept)
         self._point_at(kept)
+        shutil.rmtree(fetched)
         log.info("kept version %d, the best one, as %s", evaluation.version, self._root / _LINK)
 
     def _describe(self, directory: Path, manifest: Manifest) -> None:

@@ -179,7 +179,7 @@ class Publisher:
                 # a part without a change is left out, but for the first rank's: a step has at least one
                 if is_smaller and (changes or self._ranks.is_first):
                     payloads.append(self._put(_Again(lambda: _chunks_of(file)), "delta", version, base))
-                if due:
+                if due and mirror.tensors:  # more ranks than tensors
                     chunks = _Again(lambda: map(bytes, mirror.keyframe(CHUNK_BYTES)))
                     payloads.append(self._put(chunks, "keyframe", version, None))
             except StalewiseError as error:  # told to the first rank, which ends the run: nobody waits for this part
