@@ -47,7 +47,7 @@ test-cluster: setup
 test-distributed: setup
 	$(BIN)/pytest tests/distributed --distributed -n 0 $(ARGS)
 
-# torch.compile against plain layers on the CPU, with a C++ compiler; about two minutes
+# torch.compile against plain layers on the CPU, with a C++ compiler, in one process and on two ranks; about six minutes
 test-compile: setup
 	$(BIN)/pytest tests/compiled --compile -n 0 $(ARGS)
 

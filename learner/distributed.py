@@ -64,11 +64,14 @@ class Ranks:
         """Return what the first rank gives; the others' value is not looked at."""
         if self.size == 1:
             return value
-        content = _packed(value) if self.is_first else torch.empty(0, dtype=torch.uint8)
-        length = torch.tensor([len(content)])
+        if self.is_first:
+            content = _packed(value)
+            dist.broadcast(torch.tensor([len(content)]), src=0, group=self.group)
+            dist.broadcast(content, src=0, group=self.group)
+            return value
+        length = torch.zeros(1, dtype=torch.int64)
         dist.broadcast(length, src=0, group=self.group)
-        if not self.is_first:
-            content = torch.empty(int(length), dtype=torch.uint8)
+        content = torch.empty(int(length), dtype=torch.uint8)
         dist.broadcast(content, src=0, group=self.group)
         return _unpacked(content)
 
@@ -107,6 +110,8 @@ def joined(device: str) -> Iterator[Ranks]:
     on_gpus = device == "cuda" and torch.cuda.is_available()
     if on_gpus:
         _take_gpu(int(os.environ["LOCAL_RANK"]))
+    # for good: torch's context manager for it is one list for all threads, and the publisher's reads messages, too
+    torch.serialization.add_safe_globals(_WIRE_TYPES)
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
     yield Ranks(rank=dist.get_rank(), size=size)
     dist.destroy_process_group()  # not after an error: it may wait for ranks that are gone
@@ -139,8 +144,7 @@ def _packed(value: object) -> Tensor:
 
 
 def _unpacked(content: Tensor) -> object:
-    with torch.serialization.safe_globals(_WIRE_TYPES):
-        return torch.load(io.BytesIO(content.numpy().tobytes()), weights_only=True)
+    return torch.load(io.BytesIO(content.numpy().tobytes()), weights_only=True)
 
 
 def whole(tensor: Tensor) -> Tensor:

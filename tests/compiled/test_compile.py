@@ -1,6 +1,6 @@
 """`learner.compute.compile`: compiled layers give the losses and gradients of plain ones, through whole updates.
 
-Starts a C++ compiler, and takes a minute or two of a core: only with --compile (make test-compile).
+Starts a C++ compiler, and takes some minutes of a core: only with --compile (make test-compile).
 """
 
 from pathlib import Path
@@ -11,8 +11,11 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from learner.collate import collate
+from learner.distributed import ALONE
 from learner.settings import ComputeSettings
 from learner.step import Trainer
+from tests.distributed.launch import on_two_ranks
+from tests.distributed.run import train
 from tests.learner.builders import make_trainer, mixed_samples, plain_samples, save_tiny_model
 
 BATCHES = (plain_samples(0), mixed_samples())
@@ -29,14 +32,16 @@ def _updates(trainer: Trainer) -> list[tuple[dict[str, float], dict[str, Tensor]
     return seen
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.filterwarnings("ignore")  # the compiler looks at what warns; as errors its warnings break it
-def test_compiled_layers_give_the_losses_and_gradients_of_plain_ones(
-    tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+@pytest.fixture(autouse=True)
+def only_when_asked(request: pytest.FixtureRequest) -> None:
     if not request.config.getoption("--compile"):
         pytest.skip("compiles C++: make test-compile")
     torch.set_num_threads(1)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore")  # the compiler looks at what warns; as errors its warnings break it
+def test_compiled_layers_give_the_losses_and_gradients_of_plain_ones(tmp_path: Path) -> None:
     save_tiny_model(tmp_path)
 
     def trainer(*, compiled: bool) -> Trainer:
@@ -54,3 +59,16 @@ def test_compiled_layers_give_the_losses_and_gradients_of_plain_ones(
         assert gradients_compiled.keys() == gradients.keys()
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradients_compiled[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.timeout(900)
+def test_compiled_layers_on_two_ranks_learn_what_plain_ones_in_one_process_do(tmp_path: Path) -> None:
+    model_dir = tmp_path / "model"
+    save_tiny_model(model_dir)
+    plain = train(model_dir, tmp_path / "plain", ALONE, 0, 2)
+
+    compiled = on_two_ranks(model_dir, tmp_path / "compiled", 0, 2, "--compile", timeout_s=800)
+
+    for of_plain, of_compiled in zip(plain, compiled, strict=True):
+        for name in [name for name in of_plain if name.startswith(("loss/", "gradient/"))]:
+            assert of_compiled[name] == pytest.approx(of_plain[name], rel=2e-3, abs=2e-5), name

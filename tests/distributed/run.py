@@ -1,4 +1,4 @@
-"""Some updates on recorded batches, by as many ranks as torchrun starts: run.py MODEL_DIR RUN_DIR FIRST LAST.
+"""Some updates on recorded batches by as many ranks as torchrun starts: run.py MODEL_DIR RUN_DIR FIRST LAST [--compile]
 
 The run goes on from the newest checkpoint, if there is one, and leaves one. The first rank writes what it measured.
 """
@@ -20,7 +20,7 @@ from learner.distributed import Ranks, joined, whole
 from learner.objectives.diagnostics import diagnose
 from learner.objectives.recipes import build_objective
 from learner.policy import Policy
-from learner.settings import LearnerSettings, OptimizerSettings
+from learner.settings import ComputeSettings, LearnerSettings, OptimizerSettings
 from learner.sharding import ShardedPolicy
 from learner.step import Trainer
 from learner.tokens import NonFiniteTokens
@@ -30,9 +30,12 @@ MICRO_BATCH_TOKENS = 24
 """Several micro-batches an update, and unequal ones."""
 
 
-def train(model_dir: Path, run_dir: Path, ranks: Ranks, first: int, last: int) -> list[dict[str, float]]:
+def train(
+    model_dir: Path, run_dir: Path, ranks: Ranks, first: int, last: int, *, compiled: bool = False
+) -> list[dict[str, float]]:
     """Do the updates [first, last) and return their metrics."""
-    load = partial(make_policy, model_dir, micro_batch_tokens=MICRO_BATCH_TOKENS)
+    compute = ComputeSettings(compile=compiled)
+    load = partial(make_policy, model_dir, micro_batch_tokens=MICRO_BATCH_TOKENS, compute=compute)
     policy: Policy = load() if ranks.size == 1 else ShardedPolicy(load, ranks=ranks)
     trainer = Trainer(
         policy=policy,
@@ -79,9 +82,9 @@ def _gradients_of_single_rows(trainer: Trainer, batch: Batch) -> dict[str, float
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    model, run, begin, end = sys.argv[1:]
+    model, run, begin, end, *flags = sys.argv[1:]
     with joined("cpu") as all_ranks:
-        found = train(Path(model), Path(run), all_ranks, int(begin), int(end))
+        found = train(Path(model), Path(run), all_ranks, int(begin), int(end), compiled="--compile" in flags)
         # every rank must have computed the same, from the same scores
         for name in ("loss/total", "gradient/norm"):
             values = torch.tensor([metrics[name] for metrics in found])

@@ -1,37 +1,17 @@
 """FSDP2 over two gloo ranks on the CPU, through torchrun: what one process computes, two compute."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 
 from learner.distributed import ALONE
+from tests.distributed.launch import on_two_ranks
 from tests.distributed.run import train
 from tests.learner.builders import save_tiny_model
 
 NOT_COMPARED = ("time/", "reference/cache_")
 """Clocks, and what the cache of the reference's terms counts: a resumed run begins with an empty one."""
-
-
-def _on_two_ranks(model_dir: Path, run_dir: Path, first: int, last: int) -> list[dict[str, float]]:
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.distributed.run"]
-    arguments = [str(model_dir), str(run_dir), str(first), str(last)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(
-        [sys.executable, *command, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr[-4000:]
-    measured: list[dict[str, float]] = json.loads((run_dir / "metrics.json").read_text())
-    return measured
 
 
 @pytest.mark.timeout(600)
@@ -40,11 +20,11 @@ def test_two_ranks_then_one_then_two_learn_what_one_process_learns(tmp_path: Pat
     save_tiny_model(model_dir)
     expected = train(model_dir, tmp_path / "straight", ALONE, 0, 9)
 
-    seen = _on_two_ranks(model_dir, run_dir, 0, 4)
+    seen = on_two_ranks(model_dir, run_dir, 0, 4)
     (checkpoint,) = run_dir.glob("update-*")
     shards = [safetensors.torch.load_file(shard) for shard in sorted(checkpoint.glob("shard-*.safetensors"))]
     seen += train(model_dir, run_dir, ALONE, 4, 6)
-    seen += _on_two_ranks(model_dir, run_dir, 6, 9)
+    seen += on_two_ranks(model_dir, run_dir, 6, 9)
 
     for update, (of_one, of_two) in enumerate(zip(expected, seen, strict=True)):
         assert of_two.keys() == of_one.keys()
