@@ -8,6 +8,7 @@ A batch notices new weights at its next step: it recomputes the KV of everything
 version span, so that each log-prob is the one of its span's version given the whole context.
 """
 
+import logging
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,8 @@ from actor.turns import Turns
 from buffer.errors import CorruptWeights, InvalidRequest, InvalidSettings
 from buffer.types import PolicyVersion
 from buffer.weights.manifest import Adapter
+
+log = logging.getLogger(__name__)
 
 
 class TorchEngine:
@@ -63,6 +66,7 @@ class TorchEngine:
         self._turns = Turns()
         self._abort = threading.Event()
         self._version: PolicyVersion = -1
+        self._sampled_version: PolicyVersion = -1  # the newest one that a token was drawn under
 
     @property
     def version(self) -> PolicyVersion:
@@ -137,7 +141,8 @@ class TorchEngine:
 
     def _step(self, decoding: Decoding) -> None:
         """Draw one token for every row."""
-        if decoding.version != self._version:
+        before = decoding.version
+        if before != self._version:
             logits = self._prefill(decoding)
             decoding.open_span(self._version)
         else:
@@ -145,6 +150,10 @@ class TorchEngine:
         logprobs = sampling_logprobs(logits, decoding.settings)
         ids, drawn = draw(logprobs, self._generator)
         decoding.append(ids, drawn, logprobs)
+        if self._version > self._sampled_version:
+            self._sampled_version = self._version
+            when = "of a new batch" if before is None else "in mid-generation"
+            log.info("first token under version %d, %s", self._version, when, extra={"version": self._version})
 
     def _prefill(self, decoding: Decoding) -> Tensor:
         """Fill a new cache with the whole context, siblings of one prompt once; return next-token logits [B, V]."""

@@ -162,7 +162,12 @@ class WeightSync:
         loaded_s = max(0.0, self._unix_time() - manifest.created_s)  # another machine's clock may be ahead
         self.loads.append(Load(version=manifest.version, publish_to_loaded_s=loaded_s))
         self._ready.set()
-        log.info("generating with version %d", manifest.version, extra={"version": manifest.version})
+        log.info(
+            "generating with version %d, %.3f s after the learner had it",
+            manifest.version,
+            loaded_s,
+            extra={"version": manifest.version},
+        )
 
 
 def check_canary(engine: Engine, probe: Probe, *, version: PolicyVersion) -> None:

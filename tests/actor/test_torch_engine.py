@@ -95,6 +95,19 @@ def test_behavior_logprobs_are_exact_under_the_version_of_their_span(
         assert_exact(model_dir, keyframes, one, completion)
 
 
+def test_the_log_has_the_first_token_of_each_version_once(
+    model_dir: Path, keyframes: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="actor.torch_engine")
+    engine = TorchEngine(model_dir, seed=0)
+    for version in (0, 4):
+        engine.load(keyframes[version % len(keyframes)], version)
+        for _ in range(2):
+            engine.generate([request()])
+
+    assert caplog.messages == [f"first token under version {version}, of a new batch" for version in (0, 4)]
+
+
 def test_a_ragged_batch_gives_each_request_what_it_asked_for(
     model_dir: Path, keyframes: list[Path], engine: TorchEngine
 ) -> None:
