@@ -52,20 +52,39 @@ class Change:
     new: Bits
 
 
-def find_change(old: Bits, new: Bits) -> Change | None:
-    """Compare two versions of a block. A sparse change holds copies, a dense one the arguments themselves."""
+def find_change(old: Bits, new: Bits, *seen: Callable[[Bits, Bits], object]) -> Change | None:
+    """Compare two versions of a block. A sparse change holds copies, a dense one the arguments themselves.
+
+    `seen` is called with each piece of both, in order: what it reads lies in the cache.
+    """
     found: list[Positions] = []
     count = 0
     for start in range(0, len(old), _SCAN_VALUES):
-        positions = np.flatnonzero(old[start : start + _SCAN_VALUES] != new[start : start + _SCAN_VALUES])
-        count += len(positions)
-        if count * _SPARSE_ONE_IN > len(old):
-            return Change(size=len(old), positions=None, old=old, new=new)
-        found.append(positions + start)
+        pieces = old[start : start + _SCAN_VALUES], new[start : start + _SCAN_VALUES]
+        if count * _SPARSE_ONE_IN <= len(old):
+            positions = _differing(*pieces)
+            count += len(positions)
+            found.append(positions + start)
+        for look in seen:
+            look(*pieces)
+    if count * _SPARSE_ONE_IN > len(old):
+        return Change(size=len(old), positions=None, old=old, new=new)
     if not count:
         return None
     at = np.concatenate(found)
     return Change(size=len(old), positions=at.astype(np.uint32), old=old[at], new=new[at])
+
+
+def _differing(old: Bits, new: Bits) -> Positions:
+    """Return where two arrays differ: words of 8 bytes are compared first, then the values in those that differ."""
+    shift = 3 - (old.itemsize.bit_length() - 1)  # a word has 2 ** shift values
+    whole = len(old) >> shift << shift
+    old_words, new_words = old[:whole].view(np.uint64), new[:whole].view(np.uint64)
+    words = np.flatnonzero(old_words != new_words)
+    within = np.flatnonzero(old_words[words].view(old.dtype) != new_words[words].view(old.dtype))
+    at = (words[within >> shift] << shift) + (within & ((1 << shift) - 1))
+    rest = np.flatnonzero(old[whole:] != new[whole:])
+    return np.concatenate([at, rest + whole]) if len(rest) else at
 
 
 class Packer:

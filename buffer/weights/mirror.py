@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Self
 
 import numpy as np
+import xxhash
 
 from buffer.errors import CorruptWeights, WrongBase
 from buffer.types import PolicyVersion
@@ -117,10 +118,12 @@ class Mirror:
         for values in tensors:
             tensor = self._tensors[values.spec.name]
             assert tensor.spec == values.spec, f"{values.spec.name} is not the tensor it was"
-            changes = [_take_over(tensor, values, start, stop) for start, stop in blocks_of(tensor.spec.num_values)]
+            digest = xxhash.xxh3_128()
+            blocks = blocks_of(tensor.spec.num_values)
+            changes = [_take_over(tensor, values, start, stop, digest) for start, stop in blocks]
             before = self._digests.get(values.spec.name)
             if before is None or any(change is not None for change in changes):
-                after = self._digests[values.spec.name] = tensor.digest()
+                after = self._digests[values.spec.name] = digest.hexdigest()
                 entry = ChangedTensor(**dict(tensor.spec), base=before or after, result=after)
                 changed.append(TensorChange(entry, changes))
         assert self._digests.keys() == self._tensors.keys(), "every tensor must come"
@@ -151,9 +154,10 @@ class Mirror:
             raise CorruptWeights(f"{entry.name} has another hash than the delta names", hint="fetch a keyframe")
 
 
-def _take_over(tensor: HostTensor, values: Values, start: int, stop: int) -> Change | None:
+def _take_over(tensor: HostTensor, values: Values, start: int, stop: int, digest: xxhash.xxh3_128) -> Change | None:
+    """Make a block of the mirror what it now is, and hash that on the way."""
     own, new = tensor.bits[start:stop], values.read(start, stop)
-    change = find_change(own, new)
+    change = find_change(own, new, lambda _, piece: digest.update(piece.view(np.uint8).data))
     if change is None:
         return None
     if change.positions is not None:
