@@ -7,6 +7,7 @@ ranks at once, for as long as the rank that publishes it reads it: none ever hol
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ def take_snapshot(policy: Policy, *, dtype: str, tolerance_nats: float, ranks: R
     with torch.no_grad(), _rounded(policy.model, weights, _DTYPES[dtype]):
         logits = policy.probe_logits(ids)[0, :-1]  # [N - 1, V]
         logprobs = logits.float().log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
-    tensors = _Tensors.of(weights, _DTYPES[dtype], ranks)
+    tensors = RoundedTensors.of(weights, dtype, ranks=ranks)
     return Snapshot(
         specs=tensors.specs,
         tensors=tensors,
@@ -68,18 +69,19 @@ def take_snapshot(policy: Policy, *, dtype: str, tolerance_nats: float, ranks: R
 
 
 @dataclass(frozen=True, slots=True)
-class _Tensors:
-    """The tensors of this rank, made whole one after the other."""
+class RoundedTensors:
+    """The tensors that this rank publishes, made whole one after the other and rounded as they are read."""
 
     weights: Mapping[str, Tensor]  # everybody's, of which this rank may hold parts
     dtype: torch.dtype
     specs: tuple[TensorSpec, ...]
 
     @classmethod
-    def of(cls, weights: Mapping[str, Tensor], dtype: torch.dtype, ranks: Ranks) -> "_Tensors":
-        specs = [_spec(name, tensor, dtype) for name, tensor in weights.items()]
+    def of(cls, weights: Mapping[str, Tensor], dtype: str, *, ranks: Ranks = ALONE) -> Self:
+        """Choose this rank's share of the weights, floating-point ones to be rounded to `dtype`."""
+        specs = [_spec(name, tensor, _DTYPES[dtype]) for name, tensor in weights.items()]
         own = _shares([spec.num_bytes for spec in specs], ranks.size)[ranks.rank]
-        return cls(weights, dtype, tuple(spec for index, spec in enumerate(specs) if index in own))
+        return cls(weights, _DTYPES[dtype], tuple(spec for index, spec in enumerate(specs) if index in own))
 
     def __iter__(self) -> Iterator[Values]:
         own = {spec.name: spec for spec in self.specs}

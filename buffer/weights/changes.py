@@ -44,16 +44,26 @@ Read = Callable[[int], bytes]
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """The old and new values where they differ, or, when that is nearly everywhere, both blocks whole."""
+    """Where two versions of a block differ, and what stood there; when that is nearly everywhere, both blocks whole."""
 
     size: int
-    positions: npt.NDArray[np.uint32] | None  # None: `old` and `new` are the whole block
+    where: npt.NDArray[np.uint32] | Bytes | None
+    """Positions, or where those are longer one bit a value, the first value lowest; None: `old` is the whole block."""
     old: Bits
+    """A copy of the old values at `where`, or the argument itself."""
     new: Bits
+    """The whole new block: the argument itself, not to be changed before the change is packed."""
+
+    def positions(self) -> Positions | npt.NDArray[np.uint32]:
+        """Return the positions of a sparse change."""
+        assert self.where is not None, "a dense change has no positions"
+        if self.where.dtype == np.uint32:
+            return self.where.view(np.uint32)
+        return np.flatnonzero(np.unpackbits(self.where.view(np.uint8), count=self.size, bitorder="little"))
 
 
 def find_change(old: Bits, new: Bits, *seen: Callable[[Bits, Bits], object]) -> Change | None:
-    """Compare two versions of a block. A sparse change holds copies, a dense one the arguments themselves.
+    """Compare two versions of a block. Of a sparse change the old values are copied, a dense one holds the argument.
 
     `seen` is called with each piece of both, in order: what it reads lies in the cache.
     """
@@ -68,11 +78,16 @@ def find_change(old: Bits, new: Bits, *seen: Callable[[Bits, Bits], object]) -> 
         for look in seen:
             look(*pieces)
     if count * _SPARSE_ONE_IN > len(old):
-        return Change(size=len(old), positions=None, old=old, new=new)
+        return Change(size=len(old), where=None, old=old, new=new)
     if not count:
         return None
     at = np.concatenate(found)
-    return Change(size=len(old), positions=at.astype(np.uint32), old=old[at], new=new[at])
+    where: npt.NDArray[np.uint32] | Bytes = at.astype(np.uint32)
+    if where.nbytes * 8 > len(old):
+        bits = np.zeros(len(old), np.bool_)
+        bits[at] = True
+        where = np.packbits(bits, bitorder="little")
+    return Change(size=len(old), where=where, old=old[at], new=new)
 
 
 def _differing(old: Bits, new: Bits) -> Positions:
@@ -97,9 +112,10 @@ class Packer:
         """Return the shortest record of a change."""
         if change is None:
             return _RECORD.pack(UNCHANGED, 0)
-        if change.positions is not None:
-            planes = self._planes(change.old, change.new)
-            return self._record(GAPS, len(change.old), [self._stream(_gaps(change.positions)), *planes])
+        if change.where is not None:
+            positions = change.positions()
+            planes = self._planes(change.old, change.new[positions])
+            return self._record(GAPS, len(change.old), [self._stream(_gaps(positions)), *planes])
         changed = change.old != change.new
         count = int(np.count_nonzero(changed))
         planes = self._planes(change.old[changed], change.new[changed])

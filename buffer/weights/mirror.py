@@ -108,9 +108,9 @@ class Mirror:
         self._version = version
 
     def advance(self, tensors: Iterable[Values], version: PolicyVersion) -> list[TensorChange]:
-        """Take over newer values of all tensors and return what changed, for `write_delta`.
+        """Take over newer values of all tensors and return what changed, for `write_delta`; nothing at the first time.
 
-        Sparse changes are copied out; of a dense block the old values are, while the new ones stay views of the
+        The old values are copied out where they differ, of a dense block all of them; the new ones stay views of the
         mirror: write the delta before advancing again.
         """
         self._version = None
@@ -118,13 +118,16 @@ class Mirror:
         for values in tensors:
             tensor = self._tensors[values.spec.name]
             assert tensor.spec == values.spec, f"{values.spec.name} is not the tensor it was"
+            before = self._digests.get(values.spec.name)
+            if before is None:
+                self._digests[values.spec.name] = _fill(tensor, values)
+                continue
             digest = xxhash.xxh3_128()
             blocks = blocks_of(tensor.spec.num_values)
             changes = [_take_over(tensor, values, start, stop, digest) for start, stop in blocks]
-            before = self._digests.get(values.spec.name)
-            if before is None or any(change is not None for change in changes):
+            if any(change is not None for change in changes):
                 after = self._digests[values.spec.name] = digest.hexdigest()
-                entry = ChangedTensor(**dict(tensor.spec), base=before or after, result=after)
+                entry = ChangedTensor(**dict(tensor.spec), base=before, result=after)
                 changed.append(TensorChange(entry, changes))
         assert self._digests.keys() == self._tensors.keys(), "every tensor must come"
         self._version = version
@@ -154,15 +157,24 @@ class Mirror:
             raise CorruptWeights(f"{entry.name} has another hash than the delta names", hint="fetch a keyframe")
 
 
+def _fill(tensor: HostTensor, values: Values) -> str:
+    """Give a tensor its first values; return its Xxh3."""
+    for start, stop in blocks_of(tensor.spec.num_values):
+        tensor.bits[start:stop] = values.read(start, stop)
+    return tensor.digest()
+
+
 def _take_over(tensor: HostTensor, values: Values, start: int, stop: int, digest: xxhash.xxh3_128) -> Change | None:
     """Make a block of the mirror what it now is, and hash that on the way."""
     own, new = tensor.bits[start:stop], values.read(start, stop)
     change = find_change(own, new, lambda _, piece: digest.update(piece.view(np.uint8).data))
     if change is None:
         return None
-    if change.positions is not None:
-        own[change.positions] = change.new
-        return change
-    old = own.copy()
-    own[:] = new
-    return Change(size=change.size, positions=None, old=old, new=own)
+    old = change.old
+    if change.where is None:
+        old = own.copy()
+        own[:] = new
+    else:
+        positions = change.positions()
+        own[positions] = new[positions]
+    return Change(size=change.size, where=change.where, old=old, new=own)

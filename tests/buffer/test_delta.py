@@ -104,6 +104,24 @@ def test_the_shortest_form_is_taken(density: float, form: int) -> None:
     assert record[0] == form
 
 
+@pytest.mark.parametrize(("dtype", "share"), [("u1", 0.01), ("u2", 0.01), ("u2", 0.08), ("u4", 0.08), ("u8", 0.12)])
+def test_a_sparse_change_holds_the_old_values_and_at_most_a_bit_a_value_beside_them(dtype: str, share: float) -> None:
+    rng = np.random.default_rng(3)
+    old = rng.integers(0, 200, 100_003, dtype)  # not a whole number of words
+    new = old.copy()
+    changed = np.flatnonzero(rng.random(len(old)) < share)
+    new[changed] += 1
+    new[-1] ^= 1
+
+    change = find_change(old, new)
+
+    assert change is not None
+    assert change.where is not None
+    assert change.positions().tolist() == sorted({*changed.tolist(), len(old) - 1})
+    assert change.old.tolist() == old[change.positions()].tolist()
+    assert change.where.nbytes <= min(4 * len(change.old), len(old) // 8 + 1)
+
+
 def test_changed_values_of_a_training_step_take_at_most_1_6_bytes() -> None:
     rng = np.random.default_rng(0)
     weights = rng.normal(0, 0.02, 1 << 20).astype(np.float32)
