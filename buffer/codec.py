@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgpack
 import numpy.typing as npt
@@ -80,6 +80,18 @@ def _bytes_of(array: npt.NDArray[Any] | None) -> memoryview | None:
     return None if array is None else array.data
 
 
+class EncodedGroup(NamedTuple):
+    """A group and its canonical record."""
+
+    group: Group
+    record: bytes
+
+
+def encoded(group: Group) -> EncodedGroup:
+    """Return a group with its canonical record."""
+    return EncodedGroup(group, encode_group(group))
+
+
 def content_hash(group: Group) -> str:
     """Return the first 128 bits of the SHA-256 of the canonical record in hex: the identity of what a group says."""
     return record_hash(encode_group(group))
@@ -155,6 +167,17 @@ class _ContainerBudget:
 def group_from_record(record: object) -> Group:
     """Validate a decoded record. Raises InvalidRecord with one sentence: which field, what is wrong, the value seen."""
     return valid_group(record) or _validated(Group, record)
+
+
+def encoded_group_from_record(record: object) -> EncodedGroup:
+    """Validate a decoded record and encode the group anew. Raises InvalidRecord, as `group_from_record` does."""
+    group = valid_group(record)
+    if group is None:
+        return encoded(_validated(Group, record))
+    if any(len(trajectory.columns) > 1 for trajectory in group.trajectories):
+        return encoded(group)  # the columns may be in another order than that of their names
+    # what valid_group takes has the fields and types of the canonical record: packed again, it is that record
+    return EncodedGroup(group, msgpack.packb({"schema": SCHEMA, "group": record}))
 
 
 def intact_group_from_record(record: object) -> Group:

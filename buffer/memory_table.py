@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from buffer.browsing import GroupPage, GroupQuery, GroupSummary
-from buffer.codec import encode_group, encode_trajectory, record_hash
+from buffer.codec import EncodedGroup, encode_group, encode_trajectory, encoded, record_hash
 from buffer.encoded import EncodedSample
 from buffer.errors import InvalidRequest, NotFound
 from buffer.memory_entry import Entry, page_of
@@ -66,8 +66,12 @@ class MemoryTable:
 
     def insert(self, groups: Sequence[Group]) -> list[InsertResult]:
         """Store each group or say why not; see ReplayTable."""
+        return self.insert_encoded([encoded(group) for group in groups])
+
+    def insert_encoded(self, groups: Sequence[EncodedGroup]) -> list[InsertResult]:
+        """Store each group or say why not; see ServedTable."""
         with self._lock:
-            return [self._insert(group) for group in groups]
+            return [self._insert(*group) for group in groups]
 
     def insert_parts(self, parts: Sequence[Part]) -> list[PartResult]:
         """Hold trajectories until their groups are complete; see ReplayTable."""
@@ -221,9 +225,8 @@ class MemoryTable:
 
     # --- insert
 
-    def _insert(self, group: Group) -> InsertResult:
+    def _insert(self, group: Group, record: bytes) -> InsertResult:
         now_s = self._clock()
-        record = encode_group(group)
         content = record_hash(record)
         refused = refused_at_sight(group, len(record), self._settings, self._run_id)
         lot = self._rng.expovariate(1.0) if refused is None and self._shelf.weighted is not None else 0.0
@@ -293,7 +296,7 @@ class MemoryTable:
         return refused or self._partials.hold(part, record, now_s)
 
     def _insert_sealed(self, group_id: str) -> InsertResult:
-        result = self._insert(self._partials.group(group_id))
+        result = self._insert(*encoded(self._partials.group(group_id)))
         if result.outcome is InsertOutcome.FULL:
             self._partials.refused_again(group_id, self._clock())
             return result

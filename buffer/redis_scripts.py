@@ -65,7 +65,7 @@ class RedisScripts:
         """Set the values, run {command, script or its digest, arguments}: one round trip, answers or errors of each."""
         pipeline: Any = self._client.pipeline(transaction=False)
         for key, value in values.items():
-            pipeline.set(key, value, ex=VALUE_LIFE_S)
+            pipeline.execute_command("SET", key, value, "EX", VALUE_LIFE_S)  # `set` takes eight times as long to say it
         for command, script, arguments in commands:
             # the methods of these names are closed to pipelines on a cluster, although all keys are on one node of it
             pipeline.execute_command(command, script, 1, self._prefix, self._settings, repr(self._clock()), *arguments)

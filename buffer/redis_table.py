@@ -10,7 +10,7 @@ from typing import Any
 import msgpack
 
 from buffer.browsing import GroupPage, GroupQuery, GroupSummary
-from buffer.codec import encode_group, encode_trajectory, read_group, record_hash
+from buffer.codec import EncodedGroup, encode_group, encode_trajectory, encoded, read_group, record_hash
 from buffer.encoded import EncodedSample
 from buffer.errors import Conflict, InvalidRequest, NotFound
 from buffer.outcomes import Facts, draw_lost, no_fit, refusal, refused_at_sight
@@ -66,10 +66,13 @@ class RedisTable:
 
     def insert(self, groups: Sequence[Group]) -> list[InsertResult]:
         """Store each group or say why not; see ReplayTable."""
+        return self.insert_encoded([encoded(group) for group in groups])
+
+    def insert_encoded(self, groups: Sequence[EncodedGroup]) -> list[InsertResult]:
+        """Store each group or say why not; see ServedTable."""
         results: list[InsertResult | None] = []
         submitted: list[tuple[dict[str, Any], bytes]] = []
-        for group in groups:
-            record = encode_group(group)
+        for group, record in groups:
             refused = refused_at_sight(group, len(record), self._settings, self._run_id)
             if refused is not None:
                 self._count(f"result:{refused[0]}")
@@ -80,7 +83,7 @@ class RedisTable:
         answers = iter(self.run_insert(submitted))
         return [
             result if result is not None else _insert_result(group, *next(answers))
-            for group, result in zip(groups, results, strict=True)
+            for (group, _), result in zip(groups, results, strict=True)
         ]
 
     def insert_parts(self, parts: Sequence[Part]) -> list[PartResult]:
@@ -224,7 +227,7 @@ class RedisTable:
     def facts_for_insert(self, group: Group, record: bytes, *, sealed: bool = False) -> dict[str, Any]:
         """Return what insert.lua wants to know about a group; see its header."""
         counts = counts_of(group, solved_reward=self._settings.solved_reward)
-        return _version_facts(group) | {
+        return _version_facts(group.trajectories) | {
             "group_id": group.group_id,
             "prompt_id": group.prompt_id,
             "content": record_hash(record),
@@ -252,7 +255,7 @@ class RedisTable:
             self._client.hincrby(self._scripts.key("stats"), counter, number)
 
     def _hold_arguments(self, part: Part) -> list[str | bytes]:
-        facts = _version_facts(part.trajectory) | {
+        facts = _version_facts([part.trajectory]) | {
             "group_id": part.group_id,
             "trajectory_id": part.trajectory.trajectory_id,
             "fields": fields_of(part),
@@ -325,8 +328,10 @@ class RedisTable:
         return [msgpack.packb(draw), request.model_dump_json()]
 
 
-def _version_facts(tokens: Group | Trajectory) -> dict[str, Any]:
-    return {"oldest": tokens.oldest_version, "newest": tokens.newest_version, "foreign": tokens.is_foreign}
+def _version_facts(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
+    versions = {span.version for trajectory in trajectories for span in trajectory.spans}
+    own = [version for version in versions if version is not None]
+    return {"oldest": min(own, default=None), "newest": max(own, default=None), "foreign": None in versions}
 
 
 def _insert_result(group: Group, code: str, facts: Facts = ()) -> InsertResult:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from buffer.browsing import GroupPage, GroupQuery, GroupSummary
+from buffer.codec import EncodedGroup, encoded
 from buffer.encoded import EncodedSample
 from buffer.prompts import PromptCounts, PromptPage, PromptStats, check_page, prompt_page
 from buffer.rate_limiter import Pace, RateLimiterSettings, check_request, reuse_mean
@@ -38,9 +39,14 @@ class ShardedTable:
 
     def insert(self, groups: Sequence[Group]) -> list[InsertResult]:
         """Store each group in its shard or say why not; see ReplayTable."""
+        return self.insert_encoded([encoded(group) for group in groups])
+
+    def insert_encoded(self, groups: Sequence[EncodedGroup]) -> list[InsertResult]:
+        """Store each group in its shard or say why not; see ServedTable."""
         results: dict[int, InsertResult] = {}
-        for shard, indexes in self._by_shard([group.group_id for group in groups]).items():
-            results |= zip(indexes, self._shards[shard].insert([groups[index] for index in indexes]), strict=True)
+        for shard, indexes in self._by_shard([group.group_id for group, _ in groups]).items():
+            judged = self._shards[shard].insert_encoded([groups[index] for index in indexes])
+            results |= zip(indexes, judged, strict=True)
         return [results[index] for index in range(len(groups))]
 
     def insert_parts(self, parts: Sequence[Part]) -> list[PartResult]:

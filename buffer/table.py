@@ -6,6 +6,7 @@ from typing import Annotated, Protocol
 from pydantic import Field, FiniteFloat
 
 from buffer.browsing import GroupPage, GroupQuery, GroupSummary
+from buffer.codec import EncodedGroup
 from buffer.encoded import EncodedSample
 from buffer.prompts import PromptPage
 from buffer.selectors import Fifo, Selector
@@ -210,6 +211,10 @@ class ReplayTable(Protocol):
 
 class ServedTable(ReplayTable, Protocol):
     """A table with what only its service calls; any number of services may call at once."""
+
+    def insert_encoded(self, groups: Sequence[EncodedGroup]) -> list[InsertResult]:
+        """Store groups as `insert` does, whose canonical records are at hand."""
+        ...
 
     def sample_encoded(self, request: SampleRequest) -> Iterator[list[EncodedSample]]:
         """Draw as `sample` does, at once, and give the groups as bytes, some at each step; nothing while it must wait.

@@ -271,14 +271,16 @@ class Group(Record):
     @property
     def oldest_version(self) -> PolicyVersion | None:
         """The version that defines the age of the group; None when no span is ours."""
-        versions = [t.oldest_version for t in self.trajectories]
-        return min((version for version in versions if version is not None), default=None)
+        return min(self._versions(), default=None)
 
     @property
     def newest_version(self) -> PolicyVersion | None:
         """The newest version of any span; it must not exceed the latest published one."""
-        versions = [t.newest_version for t in self.trajectories]
-        return max((version for version in versions if version is not None), default=None)
+        return max(self._versions(), default=None)
+
+    def _versions(self) -> list[PolicyVersion]:
+        spans = [span for trajectory in self.trajectories for span in trajectory.spans]
+        return [span.version for span in spans if span.version is not None]
 
     @property
     def is_foreign(self) -> bool:

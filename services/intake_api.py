@@ -7,11 +7,11 @@ from typing import Annotated, TypeVar
 from fastapi import Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from buffer.codec import group_from_record, part_from_record
+from buffer.codec import EncodedGroup, encoded, encoded_group_from_record, group_from_record, part_from_record
 from buffer.errors import InvalidRecord
 from buffer.table import ServedTable
 from buffer.transfer import adopted
-from buffer.types import Group, InsertOutcome, InsertResult, PartResult
+from buffer.types import InsertOutcome, InsertResult, PartResult
 from buffer.wire import (
     Envelope,
     InsertRefused,
@@ -85,10 +85,10 @@ def intake_operations(context: ServiceContext) -> Sequence[Operation]:
         media_type, wanted = sent_media_type(request), wanted_media_type(request)
         raw = await read_body(request, max_bytes=settings.max_body_bytes)
 
-        def adopt(group: Group) -> Group:
-            return adopted(group, context.run_id, foreign=foreign)
+        def read(record: object) -> EncodedGroup:
+            return encoded(adopted(group_from_record(record), context.run_id, foreign=foreign))
 
-        results = await run_in_threadpool(_insert, table, raw, media_type, adopt)
+        results = await run_in_threadpool(_insert, table, raw, media_type, read)
         return _answer(results, InsertResponse, InsertRefused, wanted, settings.retry_after_s)
 
     return (
@@ -119,18 +119,17 @@ def intake_operations(context: ServiceContext) -> Sequence[Operation]:
     )
 
 
-def _unchanged(group: Group) -> Group:
-    return group
-
-
 def _insert(
-    table: ServedTable, raw: bytes, media_type: str, adopt: Callable[[Group], Group] = _unchanged
+    table: ServedTable,
+    raw: bytes,
+    media_type: str,
+    read: Callable[[object], EncodedGroup] = encoded_group_from_record,
 ) -> list[InsertResult]:
     """Judge each submitted group: the malformed ones are invalid, the table decides about the rest."""
     records = parse(Envelope[object], decode(raw, media_type)).groups
-    groups, faults = _read(records, lambda record: adopt(group_from_record(record)))
+    groups, faults = _read(records, read)
     table.count_malformed(groups=len(faults))
-    judged = iter(table.insert(groups) if groups else ())
+    judged = iter(table.insert_encoded(groups) if groups else ())
     return [
         InsertResult(group_id=_id_of(record, "group_id"), outcome=InsertOutcome.INVALID, reason=faults[index])
         if index in faults

@@ -65,8 +65,8 @@
 --                        request id hashes to, where there are several; expires
 -- shards         string  number of shards of the run; shard 0 alone has it
 --
--- A call of Redis costs more than all that Lua does with the answer. So a script reads counters and facts once, changes
--- them in Lua, and finish.lua, which follows each script, writes what changed.
+-- A call of Redis costs more than all that Lua does with the answer. So a script reads counters, sizes and facts once,
+-- changes them in Lua, and finish.lua, which follows each script, writes what changed, all groups in one call.
 
 local prefix = KEYS[1]
 local settings = cmsgpack.unpack(ARGV[1])
@@ -97,6 +97,46 @@ end
 local stat_texts = {} -- fields of `stats` as they were read or set; false = absent
 local stat_changes = {} -- what finish.lua adds to fields of `stats`
 local bucket_changes = { versions = {}, uses = {} } -- what finish.lua adds to buckets of the histograms
+
+local sizes = {} -- zset -> number of its members, as read and changed
+local entered = {} -- zset -> {score, member, ...} that finish.lua adds
+local written = {} -- hash -> {field, value, ...} that finish.lua sets
+local known = {} -- group_id -> content of a stored or removed group, as read or changed; false = a new id
+
+local function size_of(index)
+  sizes[index] = sizes[index] or redis.call('ZCARD', key(index))
+  return sizes[index]
+end
+
+local function add_pair(lists, name, first, second)
+  local list = lists[name] or {}
+  list[#list + 1], list[#list + 2] = first, second
+  lists[name] = list
+end
+
+-- Add a new member.
+local function enter(index, score, member)
+  sizes[index] = size_of(index) + 1
+  add_pair(entered, index, score, member)
+end
+
+-- Take out a member that was there when the script began; return 1 if it was.
+local function leave(index, member)
+  local taken = redis.call('ZREM', key(index), member)
+  sizes[index] = sizes[index] and sizes[index] - taken
+  return taken
+end
+
+-- Do what was entered and written so far.
+local function flush()
+  for index, list in pairs(entered) do
+    call_many('ZADD', index, list)
+  end
+  for name, list in pairs(written) do
+    call_many('HSET', name, list)
+  end
+  entered, written = {}, {}
+end
 
 local function read_stats(...)
   for i, text in ipairs(redis.call('HMGET', key('stats'), ...)) do
@@ -188,8 +228,8 @@ end
 -- rate_limiter.Pace
 local function read_pace()
   return {
-    sampleable = redis.call('ZCARD', key('train')),
-    fresh = redis.call('ZCARD', key('fresh')),
+    sampleable = size_of('train'),
+    fresh = size_of('fresh'),
     inserted = stat('inserted') - stat('removed:age_unsampled') - stat('removed:ttl_unsampled'),
     sampled = stat('sampled'),
     wanted_fresh = stat('wanted_fresh'),
@@ -204,6 +244,7 @@ end
 
 -- Keep the id and content of a removed group, so that a late retry is known.
 local function remember(group_id, content)
+  known[group_id] = content
   redis.call('HSET', key('remembered'), group_id, content)
   redis.call('ZADD', key('remembered_at'), now, group_id)
   if redis.call('ZCARD', key('remembered_at')) > settings.table.dedup_max_ids then
@@ -211,11 +252,6 @@ local function remember(group_id, content)
     redis.call('HDEL', key('remembered'), oldest[1])
     add_stat('forgotten_ids', 1)
   end
-end
-
-local function make_evictable(member, bytes)
-  redis.call('ZADD', key('evictable'), member, member)
-  add_stat('evictable_bytes', bytes)
 end
 
 -- Enter a train group into the counters of what is stored, or take it out. A version of -1 is none.
@@ -268,9 +304,9 @@ local function remove(member, reason)
   redis.call('HDEL', key('sequences'), about.group_id)
   redis.call('ZREM', key('groups_of:' .. about.prompt_id), member)
   for _, index in ipairs(is_train and { 'train', 'fresh', 'ages' } or { 'eval' }) do
-    redis.call('ZREM', key(index), member)
+    leave(index, member)
   end
-  if redis.call('ZREM', key('evictable'), member) == 1 then
+  if leave('evictable', member) == 1 then
     add_stat('evictable_bytes', -group[BYTES])
   end
   add_stat('bytes', -group[BYTES])
@@ -331,17 +367,23 @@ local function latest_version()
   return tonumber(stat_text('latest_version') or -1)
 end
 
+-- Read what is known of up to STACK ids.
+local function read_known(group_ids)
+  local members = redis.call('HMGET', key('sequences'), unpack(group_ids))
+  local contents = redis.call('HMGET', key('remembered'), unpack(group_ids))
+  for i, group_id in ipairs(group_ids) do
+    local removed_s = contents[i] and redis.call('ZSCORE', key('remembered_at'), group_id)
+    local is_remembered = removed_s and tonumber(removed_s) > tonumber(now) - settings.table.dedup_window_s
+    known[group_id] = members[i] and about_of(members[i]).content or is_remembered and contents[i]
+  end
+end
+
 -- The content of the stored or removed group of this id; nil = a new id.
 local function known_content(group_id)
-  local member = redis.call('HGET', key('sequences'), group_id)
-  if member then
-    return about_of(member).content
+  if known[group_id] == nil then
+    read_known({ group_id })
   end
-  local removed_s = redis.call('ZSCORE', key('remembered_at'), group_id)
-  if removed_s and tonumber(removed_s) > tonumber(now) - settings.table.dedup_window_s then
-    return redis.call('HGET', key('remembered'), group_id)
-  end
-  return nil
+  return known[group_id] or nil
 end
 
 -- outcomes.refused_for_version; `tokens` are a group or a trajectory

@@ -2,6 +2,8 @@
 
 local answer = main()
 
+flush()
+
 local packed, count = {}, 1
 for member in pairs(changed_facts) do
   packed[count], packed[count + 1] = member, struct.pack(FACTS, unpack(facts[member], 1, TRAIN))

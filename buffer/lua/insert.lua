@@ -7,6 +7,8 @@
 -- Returns {code, fact...} of each: `accepted` or a refusal of outcomes.py with the numbers of its sentence as strings.
 
 local groups = cmsgpack.unpack(ARGV[3])
+local prompts = {} -- prompt_id -> what is counted of it (see `prompts` in common.lua), as read or changed; false = nothing
+local reward_sum = 0 -- of the train groups that are stored now
 
 -- rate_limiter.may_insert; returns the code and the facts when it may not
 local function paced(pace)
@@ -34,9 +36,9 @@ end
 
 -- Evict what may be evicted until the group fits; evict nothing when it would not help.
 local function make_room(bytes)
-  local stored = redis.call('ZCARD', key('train')) + redis.call('ZCARD', key('eval'))
+  local stored = size_of('train') + size_of('eval')
   local stored_bytes = stat('bytes')
-  local kept = stored - redis.call('ZCARD', key('evictable'))
+  local kept = stored - size_of('evictable')
   local kept_bytes = stored_bytes - stat('evictable_bytes')
   local capacity, capacity_bytes = settings.table.capacity_groups, settings.table.capacity_bytes
   if kept >= capacity or kept_bytes + bytes > capacity_bytes then
@@ -52,65 +54,89 @@ local function make_room(bytes)
 end
 
 local function refused(group)
-  local known = known_content(group.group_id)
-  if known then
-    return { known == group.content and 'stored' or 'conflict' }
+  local content = known_content(group.group_id)
+  if content then
+    return { content == group.content and 'stored' or 'conflict' }
   end
   return refused_for_version(group, latest_version())
     or group.split == 'train' and refused_for_training(group)
     or make_room(group.bytes)
 end
 
+local function read_prompts()
+  local prompt_ids = {}
+  for i, group in ipairs(groups) do
+    prompt_ids[i] = group.prompt_id
+  end
+  for i, packed in ipairs(redis.call('HMGET', key('prompts'), unpack(prompt_ids))) do
+    prompts[prompt_ids[i]] = packed and cmsgpack.unpack(packed)
+  end
+end
+
+local function forget_a_prompt()
+  flush()
+  local oldest = redis.call('ZPOPMIN', key('prompts_seen'))[1]
+  leave('prompt_ids', oldest)
+  redis.call('HDEL', key('prompts'), oldest)
+  prompts[oldest] = false
+  add_stat('forgotten_prompts', 1)
+end
+
 -- Add the group to the counts of its prompt and return them.
 local function count_prompt(group, sequence)
-  local packed = redis.call('HGET', key('prompts'), group.prompt_id)
-  local known = packed and cmsgpack.unpack(packed) or { 0, 0, 0, '' }
-  local version = math.max(tonumber(known[4]) or -1, group.newest or -1)
-  local prompt = { seen = known[1] + group.trajectories, solved = known[2] + group.solved }
-  redis.call('HSET', key('prompts'), group.prompt_id, cmsgpack.pack({
-    prompt.seen, prompt.solved, known[3] + group.reward_sum, version >= 0 and version or '' }))
-  redis.call('ZADD', key('prompts_seen'), sequence, group.prompt_id)
-  if not packed then
-    redis.call('ZADD', key('prompt_ids'), 0, group.prompt_id)
-    if redis.call('ZCARD', key('prompt_ids')) > settings.table.max_prompts then
-      local oldest = redis.call('ZPOPMIN', key('prompts_seen'))[1]
-      redis.call('ZREM', key('prompt_ids'), oldest)
-      redis.call('HDEL', key('prompts'), oldest)
-      add_stat('forgotten_prompts', 1)
-    end
+  local before = prompts[group.prompt_id] or { 0, 0, 0, '' }
+  local version = math.max(tonumber(before[4]) or -1, group.newest or -1)
+  local counts = { before[1] + group.trajectories, before[2] + group.solved, before[3] + group.reward_sum,
+    version >= 0 and version or '' }
+  add_pair(written, 'prompts', group.prompt_id, cmsgpack.pack(counts))
+  add_pair(entered, 'prompts_seen', sequence, group.prompt_id)
+  if not prompts[group.prompt_id] then
+    enter('prompt_ids', 0, group.prompt_id)
   end
-  return prompt
+  prompts[group.prompt_id] = counts
+  if size_of('prompt_ids') > settings.table.max_prompts then
+    forget_a_prompt()
+  end
+  return { seen = counts[1], solved = counts[2] }
 end
 
 local function store_train(member, group, sequence)
-  redis.call('ZADD', key('train'), sequence, member)
-  redis.call('ZADD', key('fresh'), sequence, member)
+  enter('train', sequence, member)
+  enter('fresh', sequence, member)
   if group.oldest then
-    redis.call('ZADD', key('ages'), group.oldest, member)
+    enter('ages', group.oldest, member)
   end
   enter_weighted(member, group, count_prompt(group, sequence))
   count_train(0, group.tokens, group.foreign, group.oldest or -1, 1)
   add_stat('inserted', 1)
   add_stat('trajectories', group.trajectories)
-  redis.call('HINCRBYFLOAT', key('stats'), 'reward_sum', group.reward_sum)
+  reward_sum = reward_sum + group.reward_sum
+end
+
+-- An eval group may have to give way to the next one, so that it is entered at once.
+local function store_eval(member, group, sequence)
+  enter('eval', sequence, member)
+  enter('evictable', member, member)
+  flush()
+  add_stat('evictable_bytes', group.bytes)
 end
 
 local function store(group, incoming, sequence)
   local member, is_train = member_of(sequence), group.split == 'train'
   redis.call('RENAME', incoming, key('body:' .. member))
   redis.call('PERSIST', key('body:' .. member))
-  redis.call('HSET', key('about'), member, cmsgpack.pack({ group.group_id, group.content, group.prompt_id, group.split,
-    group.foreign, group.tokens, group.trajectories, group.reward_sum, tonumber(now) }))
+  add_pair(written, 'about', member, cmsgpack.pack({ group.group_id, group.content, group.prompt_id, group.split, group.foreign,
+    group.tokens, group.trajectories, group.reward_sum, tonumber(now) }))
   facts[member] = { 0, group.oldest or -1, group.bytes, 0, 0, is_train and 1 or 0 }
   changed_facts[member] = true
-  redis.call('ZADD', key('groups_of:' .. group.prompt_id), sequence, member)
-  redis.call('HSET', key('sequences'), group.group_id, member)
+  add_pair(entered, 'groups_of:' .. group.prompt_id, sequence, member)
+  add_pair(written, 'sequences', group.group_id, member)
+  known[group.group_id] = group.content
   add_stat('bytes', group.bytes)
   if is_train then
     store_train(member, group, sequence)
   else
-    redis.call('ZADD', key('eval'), sequence, member)
-    make_evictable(member, group.bytes)
+    store_eval(member, group, sequence)
   end
   end_wait('actors')
   set_stat('no_room', nil)
@@ -155,9 +181,17 @@ local function main()
     'no_room', 'bytes', 'evictable_bytes', 'actors_wait_code', 'actors_wait_since_s', 'actors_wait_last_s')
   remove_overdue(latest_version())
   forget_overdue()
-  local results = {}
+  local group_ids, results = {}, {}
+  for i, group in ipairs(groups) do
+    group_ids[i] = group.group_id
+  end
+  read_known(group_ids)
+  read_prompts()
   for i, group in ipairs(groups) do
     results[i] = insert(group, incoming[i], sequence + i)
+  end
+  if reward_sum ~= 0 then
+    redis.call('HINCRBYFLOAT', key('stats'), 'reward_sum', reward_sum)
   end
   return results
 end

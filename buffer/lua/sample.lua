@@ -247,7 +247,7 @@ local function main()
     return { 'again' }
   end
   local pace = read_pace()
-  local eligible = request.rest == 'weighted' and redis.call('ZCARD', key('weighted')) or pace.sampleable
+  local eligible = request.rest == 'weighted' and size_of('weighted') or pace.sampleable
   local code = blocked(pace, eligible)
   if code then
     return refused(code, pace, eligible)

@@ -48,7 +48,7 @@ end
 local function start_clock(member, left)
   local weight = weight_of(facts[member][WEIGHT], line.reference)
   if weight > 0 then
-    redis.call('ZADD', key('weighted'), line.time + left / weight, member)
+    add_pair(entered, 'weighted', line.time + left / weight, member)
     add_total(weight)
   end
 end
@@ -119,9 +119,13 @@ local function start_over_if_worn()
   return true
 end
 
--- Place a group by rank, behind the groups that are smaller by the negative of what ranks first.
+-- The score of a group by rank: the negative of what ranks first.
+local function rank_of(member)
+  return weighting.decay_per_use * facts[member][USES] - facts[member][WEIGHT]
+end
+
 local function place_by_rank(member)
-  redis.call('ZADD', key('weighted'), weighting.decay_per_use * facts[member][USES] - facts[member][WEIGHT], member)
+  redis.call('ZADD', key('weighted'), rank_of(member), member)
 end
 
 -- Let the groups be drawn again whose cool-down is over; return whether more may be left.
@@ -137,6 +141,9 @@ end
 
 -- Give a group, whose facts are read, another weight or priority; the lot counts if it had weight 0 before.
 local function reweigh(member, stored, lot)
+  if entered.weighted then
+    flush()
+  end
   local left = not is_rank and (stop_clock(member) or lot)
   facts[member][WEIGHT], changed_facts[member] = stored, true
   if not is_rank then
@@ -181,7 +188,7 @@ local function enter_weighted(member, group, prompt)
   end
   facts[member][WEIGHT] = stored
   if is_rank then
-    place_by_rank(member)
+    add_pair(entered, 'weighted', rank_of(member), member)
   else
     start_clock(member, group.lot)
   end

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from buffer.codec import encode_group, read_group
+from buffer.codec import encode_group, encoded_group_from_record, read_group
 from buffer.errors import InvalidRecord
 from buffer.quick import intact_group, valid_group
 from buffer.types import Group, SamplingSettings, VersionSpan
@@ -122,7 +122,22 @@ def test_flipped_bits_never_pass_unless_pydantic_reads_the_same(data: st.DataObj
     quick = valid_group(record)
 
     if quick is not None:
-        assert encode_group(quick) == encode_group(Group.model_validate(record))
+        canonical = encode_group(Group.model_validate(record))
+        assert encode_group(quick) == encoded_group_from_record(record).record == canonical
+
+
+def test_a_submitted_record_is_stored_as_the_canonical_one_whatever_the_order_of_its_fields() -> None:
+    two_columns = make_group("two", trajectories=[make_trajectory("a", columns={"a": [0.5] * 4, "b": [1.0] * 4})])
+    for group in (USUAL, RICH, two_columns):
+        record = record_of(group)
+        other_order = copy.deepcopy(record)
+        for trajectory in other_order["trajectories"]:
+            trajectory["columns"] = dict(reversed(trajectory["columns"].items()))
+        for submitted in (record, other_order, dict(reversed(record.items()))):
+            stored = encoded_group_from_record(submitted)
+
+            assert stored.record == encode_group(group)
+            assert encode_group(stored.group) == encode_group(group)
 
 
 @pytest.mark.parametrize("cut", [1, 40, 400])

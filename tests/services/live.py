@@ -105,7 +105,7 @@ class ServedOverHttp(PublishingTable):
     def __init__(self, client: ServiceClient, served: ServedTable) -> None:
         super().__init__(client)
         self.tidy, self.count_malformed = served.tidy, served.count_malformed
-        self.sample_encoded = served.sample_encoded
+        self.insert_encoded, self.sample_encoded = served.insert_encoded, served.sample_encoded
 
 
 class ServeProcess:
