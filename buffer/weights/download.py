@@ -1,8 +1,8 @@
-"""One payload over HTTP into a file: ranges side by side, straight into the mapped file, taken up after a restart."""
+"""One payload over HTTP into a file: ranges side by side, taken up again after a restart."""
 
 import hashlib
 import http.client
-import mmap
+import os
 import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from buffer.connection import ServiceClient
-from buffer.errors import CorruptWeights, ServiceUnreachable
+from buffer.errors import CorruptWeights, ServiceUnreachable, StoreUnavailable
 from buffer.weights.manifest import Payload
 from buffer.weights.progress import Progress
 
@@ -21,7 +21,9 @@ RANGE_BYTES = 64 << 20
 """Bytes of one request: large enough that its round trip does not count, small enough to share among connections."""
 
 
-_PIECE_BYTES = 4 << 20  # received at a time: so much is received twice when the process dies
+_PIECE_BYTES = 1 << 20
+"""Received and written at a time, through a buffer that stays in the cache: a mapped file would cost twice the CPU, in
+page faults. So much of a connection is received twice when the process dies."""
 
 
 class Download:
@@ -38,42 +40,40 @@ class Download:
         """Fill a file; what an earlier call, or a process that was killed, left there of this payload is not fetched
         again, and the whole is then proven by its sha256.
 
-        Raises NotFound and what else the service names; ServiceUnreachable, after which another call goes on;
-        CorruptWeights when what was left is damaged, after which another call begins anew.
+        Raises NotFound and what else the service names; ServiceUnreachable, and StoreUnavailable for a full disk, after
+        which another call goes on; CorruptWeights when what was left is damaged, after which another call begins anew.
         """
         progress = Progress.open(path, self._payload, range_bytes=RANGE_BYTES)
         self._ranges.extend(progress.missing())
-        with path.open("r+b") as file:
-            memory = memoryview(mmap.mmap(file.fileno(), self._payload.size_bytes))  # closed with its last slice
         connections = min(self._client.settings.download_connections, len(self._ranges))
-        with ThreadPoolExecutor(max(1, connections)) as executor:
-            for worker in [executor.submit(self._work, memory, progress) for _ in range(connections)]:
+        with path.open("r+b", buffering=0) as file, ThreadPoolExecutor(max(1, connections)) as executor:
+            for worker in [executor.submit(self._work, file.fileno(), progress) for _ in range(connections)]:
                 worker.result()
         progress.path.unlink()
-        if progress.taken_up_bytes and hashlib.sha256(memory).hexdigest() != self._payload.sha256:
+        if progress.taken_up_bytes and _sha256_of(path) != self._payload.sha256:
             path.unlink()
             raise CorruptWeights(f"what was left of an earlier download to {path} is damaged", hint="fetch it again")
 
-    def _work(self, memory: memoryview, progress: Progress) -> None:
+    def _work(self, descriptor: int, progress: Progress) -> None:
         """Fetch ranges over one connection until none is left, or another worker has failed."""
-        connection = self._client.raw_connection()
+        connection, buffer = self._client.raw_connection(), memoryview(bytearray(_PIECE_BYTES))
         try:
             while not self._failed.is_set():
                 try:
                     number, start, stop = self._ranges.popleft()
                 except IndexError:
                     return
-                target = _Range(memory[start:stop], start, progress, number)
-                self._client.retry(lambda: self._attempt(connection, target), what=f"GET {self._route}")  # noqa: B023
+                target = _Range(descriptor, start, stop, progress, number)
+                self._client.retry(lambda: self._attempt(connection, target, buffer), what=f"GET {self._route}")  # noqa: B023
         except BaseException:
             self._failed.set()
             raise
         finally:
             connection.close()
 
-    def _attempt(self, connection: http.client.HTTPConnection, target: "_Range") -> None:
+    def _attempt(self, connection: http.client.HTTPConnection, target: "_Range", buffer: memoryview) -> None:
         """Ask for what is missing of a range, and take what comes of it."""
-        first, last = target.start + target.done, target.start + len(target.memory) - 1
+        first, last = target.position, target.stop - 1
         headers = {"Range": f"bytes={first}-{last}", "If-Range": f'"{self._payload.sha256}"'}
         try:
             response = self._client.raw_get(connection, self._route, headers)
@@ -84,15 +84,15 @@ class Download:
                     f"{self._client.url} answered {response.status} to a request for bytes {first} to {last}",
                     hint="a proxy in between must pass Range requests on",
                 )
-            while target.done < len(target.memory):
-                received = response.readinto(target.memory[target.done : target.done + _PIECE_BYTES])
+            while target.position < target.stop:
+                received = response.readinto(buffer[: target.stop - target.position])
                 if not received:
-                    raise http.client.IncompleteRead(b"", len(target.memory) - target.done)
-                target.advance(received)
+                    raise http.client.IncompleteRead(b"", target.stop - target.position)
+                target.write(buffer[:received])
         except (OSError, http.client.HTTPException) as error:
             raise ServiceUnreachable(f"{self._client.url} broke off: {error or type(error).__name__}") from error
         finally:
-            if target.done < len(target.memory):
+            if target.position < target.stop:
                 connection.close()  # the rest of an answer is not read: the next attempt connects anew
 
 
@@ -100,18 +100,31 @@ class Download:
 class _Range:
     """One range on its way."""
 
-    memory: memoryview
-    """Its bytes in the target."""
+    descriptor: int
+    """Of the target."""
     start: int
-    """Where it begins in the payload."""
+    stop: int
     progress: Progress
     number: int
 
     @property
-    def done(self) -> int:
-        """Bytes received, from its beginning on."""
-        return int(self.progress.counts[self.number])
+    def position(self) -> int:
+        """Of the first byte that is missing."""
+        return self.start + int(self.progress.counts[self.number])
 
-    def advance(self, num_bytes: int) -> None:
-        """Count bytes that are in the target."""
-        self.progress.counts[self.number] += np.uint64(num_bytes)
+    def write(self, piece: memoryview) -> None:
+        """Write what comes next, and then count it. Raises StoreUnavailable when the disk does not take it."""
+        try:
+            written = os.pwrite(self.descriptor, piece, self.position)
+        except OSError as error:
+            raise StoreUnavailable(
+                f"a download cannot be written: {error.strerror}", hint="make room where the run's directory is"
+            ) from error
+        self.progress.counts[self.number] += np.uint64(written)
+        if written < len(piece):
+            self.write(piece[written:])
+
+
+def _sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

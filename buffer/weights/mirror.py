@@ -170,11 +170,10 @@ def _take_over(tensor: HostTensor, values: Values, start: int, stop: int, digest
     change = find_change(own, new, lambda _, piece: digest.update(piece.view(np.uint8).data))
     if change is None:
         return None
-    old = change.old
-    if change.where is None:
-        old = own.copy()
-        own[:] = new
-    else:
+    old = own.copy() if change.where is None else change.old
+    if change.is_scattered:
         positions = change.positions()
         own[positions] = new[positions]
+    else:
+        own[:] = new
     return Change(size=change.size, where=change.where, old=old, new=own)
