@@ -171,7 +171,7 @@ class Unpacker:
             at = _positions(self._stream(read, count, count + size // 255), count, size)
         else:
             bits = self._stream(read, -(-size // 8), -(-size // 8))
-            at = np.flatnonzero(np.unpackbits(bits, count=size, bitorder="little"))
+            at = np.flatnonzero(np.unpackbits(bits, count=size, bitorder="little").view(np.bool_))
             if len(at) != count:
                 raise CorruptWeights(f"a mask marks {len(at)} values, its record says {count}")
         planes = [self._stream(read, count, count) for _ in range(width)]
