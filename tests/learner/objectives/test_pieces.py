@@ -19,6 +19,7 @@ from learner.objectives.aggregation import (
     sum_over_sequences_per_token,
 )
 from learner.objectives.ratios import (
+    banded,
     k1,
     k2,
     k3,
@@ -61,6 +62,13 @@ def test_a_masked_token_neither_enters_nor_resets_the_prefix_minimum() -> None:
     assert prefix_minimum(tokens)[0].tolist() == pytest.approx(
         [1.0, 1.0, math.exp(0.2), math.exp(0.2), math.exp(-0.1)], rel=1e-6
     )
+
+
+def test_a_band_holds_its_ends() -> None:
+    tokens = from_logs([[0.0, math.log(1.5)]])
+
+    assert banded(token_ratio, low=1.0, high=1.2)(tokens)[0].tolist() == [1.0, 0.0]
+    assert banded(token_ratio, low=0.5, high=1.0)(tokens)[0].tolist() == [1.0, 0.0]
 
 
 def test_prefix_weights_do_not_depend_on_later_tokens() -> None:
