@@ -227,7 +227,8 @@ def test_weights_of_another_run_in_the_directory_are_refused(serve: ServeProcess
 
     assert (done.returncode, last_line(done.stderr)) == (
         2,
-        f"stalewise: {tmp_path / 'renamed'} holds weights of run {RUN_ID}, not renamed (set run.name or run.runs_dir)",
+        f"stalewise: {tmp_path / 'renamed' / 'weights'} holds weights of run {RUN_ID}, not renamed "
+        "(set run.name, run.runs_dir or weights.store)",
     )
 
 

@@ -84,17 +84,23 @@ def test_sigterm_drains_every_worker_and_leaves_no_process_behind(serve: ServePr
         PublishingTable(client).advance_version(0)
     workers = wait_for_workers(serve, without=set())
     answers: list[httpx.Response] = []
+    connected = threading.Barrier(9)
 
     def wait(number: int) -> None:
         with httpx.Client(base_url=url, timeout=150, trust_env=False) as client:
+            client.get("/v1/run")
+            connected.wait()
             answers.append(client.post("/v1/sample", json=DRAW | {"request_id": f"r{number}"}))
 
     threads = [threading.Thread(target=wait, args=(number,)) for number in range(8)]
     for thread in threads:
         thread.start()
+    connected.wait()
     with closing(ServiceClient(url, settings=NO_RETRY)) as client:
         while not client.stats()["table"]["waits"]:
             pass
+        for _ in range(20):  # one of them waits; the others' requests are under way and arrive before these
+            client.stats()
 
     exit_code = serve.stop()
     for thread in threads:
