@@ -96,12 +96,14 @@ def test_a_sequence_without_trained_tokens_has_no_age() -> None:
     assert shares == ["gate/trust_region_max_estimate_age_4_15_sequences_kept_share"]
 
 
-def test_a_batch_without_trained_tokens_has_no_quantiles() -> None:
-    tokens = tokens_of((replace(ROWS[0], mask=[0] * 5),))
+@pytest.mark.parametrize("trained", [0, 1])
+def test_a_batch_of_next_to_nothing_is_reported(trained: int) -> None:
+    tokens = tokens_of((replace(ROWS[0], mask=[trained, 0, 0, 0, 0]),))
 
     metrics = diagnose(tokens, build_objective("dapo", {})(tokens, {}))
 
-    assert [name for name in metrics if name.startswith("ratio/")] == []
+    assert ("ratio/p50" in metrics) == bool(trained)
+    assert sum(value for name, value in metrics.items() if name.endswith("_tokens_share")) == trained
 
 
 def test_gates_report_what_they_closed_by_age_and_by_sequence() -> None:
