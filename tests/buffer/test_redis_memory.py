@@ -57,18 +57,26 @@ def test_memory_stays_under_its_cap_while_many_insert_and_draw_and_groups_leave(
             groups = [group for group, one in zip(groups, results, strict=True) if one.outcome.value == "full"]
         in_use.append(used_bytes(client))
 
+    def draw() -> None:
+        request_id = f"r{next(numbers)}"
+        request = SampleRequest(num_groups=32, learner_version=0, request_id=request_id, selector=Uniform())
+        with suppress(DrawLost):  # the other reader's draws may have removed more than is kept
+            table.sample(request)
+        in_use.append(used_bytes(client))
+
     def draw_until_all_is_inserted() -> None:
         while not inserted.is_set():
-            request_id = f"r{next(numbers)}"
-            request = SampleRequest(num_groups=32, learner_version=0, request_id=request_id, selector=Uniform())
-            with suppress(DrawLost):  # the other reader's draws may have removed more than is kept
-                table.sample(request)
-            in_use.append(used_bytes(client))
+            draw()
 
+    for _ in range(20):  # nearly full
+        insert_four()
+    draw()
+    for _ in range(10):  # used groups must make room, however fast the readers will be
+        insert_four()
     with ThreadPoolExecutor(4) as pool:
         readers = [pool.submit(draw_until_all_is_inserted) for _ in range(2)]
         try:
-            for writer in [pool.submit(insert_four) for _ in range(250)]:
+            for writer in [pool.submit(insert_four) for _ in range(220)]:
                 writer.result()
         finally:
             inserted.set()
