@@ -6,6 +6,7 @@ log in runs/<name>/logs. A process that dies is started again, a few times, and 
 
 import itertools
 import json
+import logging
 import os
 import signal
 import sys
@@ -82,6 +83,7 @@ class Demo:
 
     def run(self) -> Summary:
         """Start, watch, stop, evaluate, report."""
+        logging.getLogger("actor").setLevel(logging.WARNING)  # of the engine here: the actors' own logs are files
         engine = TorchEngine(self._config.run.model, seed=self._config.run.seed)
         engine.load(self._config.run.model / "model.safetensors", version=0)
         before = self._accuracy(engine)
