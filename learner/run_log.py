@@ -12,6 +12,10 @@ from buffer.errors import InvalidSettings
 from learner.step import Progress
 
 
+_QUEUED_SCALARS = 4096
+"""Of several updates: with the library's 10, each further scalar of an update waits for its writing thread."""
+
+
 class RunLog:
     """Writes each update's metrics; a resumed run appends, and its JSON lines repeat the updates that it does again."""
 
@@ -19,7 +23,9 @@ class RunLog:
         self._wandb = None if wandb_project is None else _start_wandb(wandb_project, run_name)
         directory.mkdir(parents=True, exist_ok=True)
         self._lines = (directory / "metrics.jsonl").open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=updates_done + 1)
+        self._tensorboard = SummaryWriter(
+            str(directory / "tensorboard"), purge_step=updates_done + 1, max_queue=_QUEUED_SCALARS
+        )
 
     def write(self, progress: Progress, metrics: Mapping[str, float]) -> None:
         """Record one update; a line is on its way to the disk when this returns."""
