@@ -10,6 +10,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+_NOT_YET = "none yet"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
@@ -65,16 +67,27 @@ def screen(history: Sequence[Snapshot], *, title: str, total_updates: int, event
     now = history[-1]
     table = Table.grid(padding=(0, 3))
     metric = now.metrics
+    reward, age, old = (metric.get(name) for name in ("reward/mean", "age/updates_p50", "age/updates_p90"))
     rows = (
-        ("reward", f"{metric.get('reward/mean', float('nan')):.3f}", "updates", f"{now.updates} of {total_updates}"),
+        ("reward", _NOT_YET if reward is None else f"{reward:.3f}", "updates", f"{now.updates} of {total_updates}"),
         (
             "age of the data",
-            f"{metric.get('age/updates_p50', 0):.0f} updates (p90 {metric.get('age/updates_p90', 0):.0f})",
+            _NOT_YET if age is None or old is None else f"{age:.0f} updates (p90 {old:.0f})",
             "updates/s",
             f"{rate(history, 'updates'):.1f}",
         ),
-        ("reuse", f"{now.reuse_mean:.2f} times", "rollouts/s", f"{rate(history, 'rollouts'):.0f}"),
-        ("weight version", str(now.version), "rollouts", f"{now.rollouts:,} ({now.stored_groups} groups stored)"),
+        (
+            "reuse",
+            f"{now.reuse_mean:.2f} times" if now.reuse_mean else _NOT_YET,
+            "rollouts/s",
+            f"{rate(history, 'rollouts'):.0f}",
+        ),
+        (
+            "weight version",
+            _NOT_YET if now.version < 0 else str(now.version),
+            "rollouts",
+            f"{now.rollouts:,} ({now.stored_groups} groups stored)",
+        ),
         ("waits", "; ".join(now.waits) or "nobody", "actors", ", ".join(now.actors) or "starting"),
     )
     for left, value, right, other in rows:
