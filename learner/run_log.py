@@ -11,7 +11,6 @@ from torch.utils.tensorboard import SummaryWriter
 from buffer.errors import InvalidSettings
 from learner.step import Progress
 
-
 _QUEUED_SCALARS = 4096
 """Of several updates: with the library's 10, each further scalar of an update waits for its writing thread."""
 
