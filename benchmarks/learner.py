@@ -2,8 +2,9 @@
 
   packing    processed tokens of padded batches of 8 against packed micro-batches, at the lengths of real rollouts:
              log-normal, mean 1 k, cap 8 k. Counted, not timed.
-  step       CPU time of forward and backward of a 50 M-parameter model, packed against padded batches of 8, at the same
-             lengths divided by 16: the real ones take a CPU hours.
+  step       CPU time of forward and backward of a 50 M-parameter model, and the peak of its memory above model, batch
+             and gradients, packed against padded batches of 8, at the same lengths divided by 16: the real ones take a
+             CPU hours. Each in a process of its own.
   logprobs   one fused head of the same model, forward and backward: full logits, ours by chunks, TRL's by chunks of the
              vocabulary if `pip install trl==1.16.0` was done. Each in a process of its own: CPU time of one thread
              after a small warm-up, and the peak of its memory above the inputs.
@@ -127,26 +128,41 @@ def run_padded(model: PreTrainedModel, batch: Batch, rows: int) -> None:
         (-chosen[trained].sum()).backward()  # type: ignore[no-untyped-call]
 
 
+STEPS: dict[str, Callable[[PreTrainedModel, Batch, int], None]] = {
+    "padded batches of 8": lambda model, batch, _: run_padded(model, batch, 8),
+    "packed, one micro-batch": lambda model, batch, tokens: run_packed(policy_of(model, tokens), batch),
+    "packed, micro-batches of 2048": lambda model, batch, _: run_packed(policy_of(model, 2_048), batch),
+}
+
+
+def policy_of(model: PreTrainedModel, micro_batch_tokens: int) -> Policy:
+    return Policy(model, micro_batch_tokens=micro_batch_tokens, compute=ComputeSettings())
+
+
 def step() -> None:
+    for name in STEPS:
+        arguments = ["-m", "benchmarks.learner", "one-step", "--way", name]
+        subprocess.run([sys.executable, *arguments], check=True)
+
+
+def one_step(name: str) -> None:
+    """Measure in this process: prints CPU seconds and the peak above model and batch."""
     model = make_model(
         32_768, hidden_size=HIDDEN, intermediate_size=1_408, num_hidden_layers=12, num_attention_heads=8
     ).eval()
     lengths = rollout_lengths(64, divisor=16)
     batch = make_batch(lengths, 32_768)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, {sum(lengths)} tokens")
-    whole = Policy(model, micro_batch_tokens=sum(lengths), compute=ComputeSettings())
-    several = Policy(model, micro_batch_tokens=2_048, compute=ComputeSettings())
-    ways: dict[str, Callable[[], None]] = {
-        "padded batches of 8": lambda: run_padded(model, batch, 8),
-        "packed, one micro-batch": lambda: run_packed(whole, batch),
-        "packed, micro-batches of 2048": lambda: run_packed(several, batch),
-    }
-    for name, run in ways.items():
-        model.zero_grad()
-        began_s = time.process_time()
-        run()
-        spent_s = time.process_time() - began_s
-        print(f"{name}: {spent_s:.1f} s of CPU, {sum(lengths) / spent_s:.0f} tokens/s", flush=True)
+    STEPS[name](model, make_batch(lengths[:1] * 8, 32_768), sum(lengths))  # small: the gradients are there
+    before_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    began_s = time.process_time()
+    STEPS[name](model, batch, sum(lengths))
+    spent_s = time.process_time() - began_s
+    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before_mib
+    print(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, {sum(lengths)} tokens, {name}: "
+        f"{spent_s:.1f} s of CPU, {sum(lengths) / spent_s:.0f} tokens/s, peak {peak_mib:.0f} MiB",
+        flush=True,
+    )
 
 
 def naive(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
@@ -241,10 +257,10 @@ def _seconds(run: Callable[[], object], repeats: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["packing", "step", "logprobs", "gpu", "one"])
+    parser.add_argument("part", choices=["packing", "step", "logprobs", "gpu", "one", "one-step"])
     parser.add_argument("--vocab", type=int, default=32_768)
     parser.add_argument("--tokens", type=int, default=2_048)
-    parser.add_argument("--way", choices=list(WAYS), default="chunked", help="for `one`: what `logprobs` runs")
+    parser.add_argument("--way", choices=[*WAYS, *STEPS], default="chunked", help="what `one` and `one-step` run")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     match arguments.part:
@@ -256,6 +272,8 @@ def main() -> None:
             packing()
         case "step":
             step()
+        case "one-step":
+            one_step(arguments.way)
         case "gpu":
             gpu()
 
