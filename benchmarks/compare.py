@@ -38,7 +38,8 @@ def chart(curves: Curves, *, lag: int, updates: int) -> str:
     plotext.plot_size(100, 26)
     plotext.theme("clear")
     for (method, label), colour in zip(METHODS.items(), ("blue", "red", "green"), strict=True):
-        points = curves[method]
+        if not (points := curves[method]):
+            continue  # no evaluation yet
         plotext.plot([u for u, _, _ in points], [100 * a for _, _, a in points], label=label, color=colour)
     plotext.xlim(0, updates)
     plotext.ylim(0, 100)
