@@ -92,6 +92,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=150)
     updates = parser.parse_args().updates
+    if updates <= WARM_UP:
+        parser.error(f"--updates must be above the {WARM_UP} that are not counted")
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         shutil.copytree(DEMO_MODEL, scratch / "models/running_sums-0")

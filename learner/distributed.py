@@ -99,8 +99,8 @@ def joined(device: str) -> Iterator[Ranks]:
     """Join torchrun's process group for this block; without torchrun this process is alone.
 
     With a device of cuda each rank of a machine gets a GPU as the current one; raises InvalidSettings when there are
-    fewer GPUs than ranks. A rank that leaves the block by an error leaves the
-    others without an answer: they end by the closed connection, or by torchrun, whichever comes first.
+    fewer GPUs than ranks. A rank that leaves the block by an error leaves the others without an answer: they end by the
+    closed connection, or by torchrun, whichever comes first.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:

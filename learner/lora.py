@@ -39,7 +39,7 @@ class AdapterPolicy(Policy):
             from peft import LoraConfig, inject_adapter_in_model
         except ImportError as error:
             raise InvalidSettings(
-                "learner.lora is set but peft is not installed", hint="pip install 'stalewise[lora]'"
+                "learner.lora is set but peft is not installed", hint="in the clone: pip install '.[lora]'"
             ) from error
         adapter = Adapter(rank=settings.rank, alpha=settings.alpha, target_modules=settings.target_modules)
         model = policy.model.requires_grad_(False)

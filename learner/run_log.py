@@ -50,6 +50,6 @@ def _start_wandb(project: str, run_name: str) -> Any:
     except ImportError as error:
         raise InvalidSettings(
             f"learner.wandb_project={project!r} but wandb is not installed",
-            hint="pip install 'stalewise[wandb]', or leave the setting out",
+            hint="in the clone: pip install '.[wandb]', or leave the setting out",
         ) from error
     return wandb.init(project=project, name=run_name, id=run_name, resume="allow")

@@ -89,7 +89,7 @@ def _is_parquet(path: Path) -> bool:
     if path.suffix not in (".jsonl", ".parquet"):
         raise InvalidSettings(f"{path} is neither .jsonl nor .parquet", hint="the name of the file says its format")
     if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise InvalidSettings(f"{path} needs pyarrow", hint="pip install 'stalewise[parquet]', or use .jsonl")
+        raise InvalidSettings(f"{path} needs pyarrow", hint="in the clone: pip install '.[parquet]', or use .jsonl")
     return path.suffix == ".parquet"
 
 

@@ -19,8 +19,6 @@ from buffer.weights.progress import Progress
 
 RANGE_BYTES = 64 << 20
 """Bytes of one request: large enough that its round trip does not count, small enough to share among connections."""
-
-
 _PIECE_BYTES = 1 << 20
 """Received and written at a time, through a buffer that stays in the cache: a mapped file would cost twice the CPU, in
 page faults. So much of a connection is received twice when the process dies."""

@@ -19,6 +19,6 @@ def open_weight_store(settings: WeightStoreSettings, directory: Path, run_id: st
         from buffer.weights.object_store import ObjectWeightStore  # obstore is an extra
     except ModuleNotFoundError as error:
         raise InvalidSettings(
-            f"weights.store={settings.store} needs {error.name}", hint="pip install 'stalewise[s3]'"
+            f"weights.store={settings.store} needs {error.name}", hint="in the clone: pip install '.[s3]'"
         ) from error
     return ObjectWeightStore(run_id, settings=settings)

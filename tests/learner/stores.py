@@ -10,6 +10,8 @@ from buffer.types import PolicyVersion
 from buffer.weights.manifest import Manifest, Payload
 from buffer.weights.mirror import Mirror
 from buffer.weights.store import write_chunks
+from learner.distributed import ALONE, Ranks
+from learner.publisher import Publisher
 from learner.snapshot import Snapshot
 
 
@@ -63,6 +65,21 @@ class AtOnce(Executor):
         except BaseException as error:  # noqa: BLE001 as any executor: whoever asks for the result gets it
             future.set_exception(error)
         return future
+
+
+def publisher_to(
+    store: ListedStore, *, keyframe_every: int = 20, executor: Executor | None = None, ranks: Ranks = ALONE
+) -> Publisher:
+    """Return a publisher of the run `run`, at a time that stands still."""
+    return Publisher(
+        store,
+        run_id="run",
+        model_fingerprint="f" * 64,
+        keyframe_every=keyframe_every,
+        executor=executor or AtOnce(),
+        unix_time=lambda: 12.0,
+        ranks=ranks,
+    )
 
 
 def keyframe_of(snapshot: Snapshot) -> bytes:

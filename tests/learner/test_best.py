@@ -19,11 +19,10 @@ from learner.best import BestWeights
 from learner.collate import collate
 from learner.evaluation import EvaluationWatch
 from learner.policy import Policy
-from learner.publisher import Publisher
 from learner.settings import LoraSettings
 from learner.snapshot import take_snapshot
 from tests.learner.builders import make_policy, make_trainer, plain_samples
-from tests.learner.stores import AtOnce, ListedStore
+from tests.learner.stores import ListedStore, publisher_to
 from tests.services.test_evaluations import result
 
 
@@ -57,14 +56,7 @@ class _Store(ListedStore):
 
 def _publish(store: ListedStore, policy: Policy, versions: Sequence[PolicyVersion]) -> None:
     """Publish versions that differ: version n has n added to each norm's weight."""
-    publisher = Publisher(
-        store,
-        run_id="run",
-        model_fingerprint="f" * 64,
-        keyframe_every=20,
-        executor=AtOnce(),
-        unix_time=lambda: 12.0,
-    )
+    publisher = publisher_to(store)
     for version in versions:
         with torch.no_grad():
             policy.model.get_parameter("model.norm.weight").fill_(version)
@@ -152,14 +144,7 @@ def test_of_an_adapter_version_peft_loads_what_was_published(model_dir: Path, tm
     lora = LoraSettings(rank=3, alpha=6.0, target_modules=("q_proj", "down_proj"))
     trainer, store = make_trainer(model_dir, lora=lora), ListedStore()
     trainer.update(collate(plain_samples(0), clock=0))
-    publisher = Publisher(
-        store,
-        run_id="run",
-        model_fingerprint="f" * 64,
-        keyframe_every=1,
-        executor=AtOnce(),
-        unix_time=lambda: 12.0,
-    )
+    publisher = publisher_to(store, keyframe_every=1)
     publisher.begin(take_snapshot(trainer.policy, dtype="float32", tolerance_nats=0.05), version=3)
 
     BestWeights(store, tmp_path, model_dir=model_dir).keep(result(3))

@@ -16,13 +16,12 @@ from learner.collate import collate
 from learner.errors import CorruptCheckpoint
 from learner.lora import AdapterPolicy
 from learner.policy import Policy
-from learner.publisher import Publisher
 from learner.settings import LearnerSettings, LoraSettings
 from learner.snapshot import take_snapshot
 from learner.step import Trainer
 from learner.tokens import Column
 from tests.learner.builders import make_policy, make_trainer, plain_samples
-from tests.learner.stores import AtOnce, ListedStore
+from tests.learner.stores import ListedStore, publisher_to
 
 LORA = LoraSettings(rank=3, alpha=6.0, target_modules=("q_proj", "down_proj"))
 
@@ -131,14 +130,7 @@ def test_published_adapters_are_peft_files_and_merged_by_an_actor_they_pass_the_
     model_dir: Path, tmp_path: Path, dtype: str
 ) -> None:
     trainer, store = _adapted(model_dir, objective="grpo"), ListedStore()
-    publisher = Publisher(
-        store,
-        run_id="run",
-        model_fingerprint="f" * 64,
-        keyframe_every=1,
-        executor=AtOnce(),
-        unix_time=lambda: 12.0,
-    )
+    publisher = publisher_to(store, keyframe_every=1)
     _train(trainer, range(3))
 
     publisher.begin(take_snapshot(trainer.policy, dtype=dtype, tolerance_nats=0.05), version=0)

@@ -1,6 +1,6 @@
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,21 +15,9 @@ from buffer.weights.manifest import Manifest, Probe
 from buffer.weights.mirror import Mirror
 from buffer.weights.plan import cheapest_path
 from learner.policy import Policy
-from learner.publisher import Publisher
 from learner.snapshot import Snapshot, take_snapshot
 from tests.learner.builders import make_policy
-from tests.learner.stores import AtOnce, ListedStore, keyframe_of
-
-
-def _publisher(store: ListedStore, *, keyframe_every: int = 20, executor: Executor | None = None) -> Publisher:
-    return Publisher(
-        store,
-        run_id="run",
-        model_fingerprint="f" * 64,
-        keyframe_every=keyframe_every,
-        executor=executor or AtOnce(),
-        unix_time=lambda: 12.0,
-    )
+from tests.learner.stores import ListedStore, keyframe_of, publisher_to
 
 
 def _snapshot(policy: Policy, dtype: str = "bfloat16") -> Snapshot:
@@ -108,7 +96,7 @@ def test_tied_weights_travel_once(model_dir: Path) -> None:
 
 def test_blobs_are_stored_before_the_manifest_that_names_them(model_dir: Path) -> None:
     store, policy = ListedStore(), make_policy(model_dir)
-    publisher = _publisher(store)
+    publisher = publisher_to(store)
 
     publisher.begin(_snapshot(policy), version=0)
     _step(policy)
@@ -128,7 +116,7 @@ def test_whoever_follows_or_joins_late_or_misses_versions_ends_with_the_learner_
     model_dir: Path, tmp_path: Path
 ) -> None:
     store, policy = ListedStore(), make_policy(model_dir)
-    publisher = _publisher(store, keyframe_every=4)
+    publisher = publisher_to(store, keyframe_every=4)
     follower: Mirror | None = None
     sleeper: Mirror | None = None
     for version in range(0, 20, 2):  # versions have gaps
@@ -155,7 +143,7 @@ def test_whoever_follows_or_joins_late_or_misses_versions_ends_with_the_learner_
 
 def test_a_delta_that_saves_nothing_is_a_keyframe(model_dir: Path) -> None:
     store, policy = ListedStore(), make_policy(model_dir)
-    publisher = _publisher(store)
+    publisher = publisher_to(store)
     publisher.begin(_snapshot(policy), version=0)
     with torch.no_grad():
         for parameter in policy.model.parameters():
@@ -173,16 +161,16 @@ def test_a_lost_answer_is_no_conflict_but_a_foreign_version_is(model_dir: Path) 
             raise Conflict("the answer to the first attempt was lost")
 
     store, policy = Forgetful(), make_policy(model_dir)
-    publisher = _publisher(store)
+    publisher = publisher_to(store)
 
     publisher.begin(_snapshot(policy), version=3)
     publisher.flush()
 
-    other = _publisher(store)
+    other = publisher_to(store)
     other.begin(_snapshot(policy, "float32"), version=3)
     with pytest.raises(Conflict):
         other.flush()
-    late = _publisher(store)
+    late = publisher_to(store)
     late.begin(_snapshot(policy), version=2)
     with pytest.raises(Conflict):
         late.flush()
@@ -204,7 +192,7 @@ def test_the_policy_may_move_on_while_its_version_is_sent(model_dir: Path, tmp_p
     store, policy = GatedStore(), make_policy(model_dir)
     expected = keyframe_of(_snapshot(policy))
     with ThreadPoolExecutor(1) as executor:
-        publisher = _publisher(store, executor=executor)
+        publisher = publisher_to(store, executor=executor)
 
         publisher.begin(_snapshot(policy), version=0)
         idle_at_once = publisher.idle
@@ -229,7 +217,7 @@ def test_after_a_version_that_could_not_be_sent_comes_a_keyframe(model_dir: Path
     store, policy = Refusing(), make_policy(model_dir)
     refuse = iter([False, True, False])
     store.refusals = lambda: next(refuse)
-    publisher = _publisher(store)
+    publisher = publisher_to(store)
     publisher.begin(_snapshot(policy), version=0)
     _step(policy)
     publisher.begin(_snapshot(policy), version=1)

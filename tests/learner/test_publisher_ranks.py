@@ -16,10 +16,9 @@ from buffer.types import PolicyVersion
 from buffer.weights.follower import Follower
 from learner.distributed import Ranks
 from learner.policy import Policy
-from learner.publisher import Publisher
 from learner.snapshot import Snapshot, take_snapshot
 from tests.learner.builders import make_policy
-from tests.learner.stores import ListedStore, keyframe_of
+from tests.learner.stores import ListedStore, keyframe_of, publisher_to
 
 
 @dataclass(frozen=True)
@@ -47,15 +46,7 @@ class _Pair:
         shared: tuple[list[object], threading.Barrier] = ([None, None], threading.Barrier(2))
         self.ranks = [_Thread(rank=rank, size=2, values=shared) for rank in (0, 1)]
         self.publishers = [
-            Publisher(
-                store,
-                run_id="run",
-                model_fingerprint="f" * 64,
-                keyframe_every=3,
-                executor=stack.enter_context(ThreadPoolExecutor(1)),
-                unix_time=lambda: 12.0,
-                ranks=ranks,
-            )
+            publisher_to(store, keyframe_every=3, executor=stack.enter_context(ThreadPoolExecutor(1)), ranks=ranks)
             for store, ranks in zip(stores, self.ranks, strict=True)
         ]
 
