@@ -1,8 +1,8 @@
 """The staleness study: what each method is worth on old data (docs/staleness.md).
 
-python -m benchmarks.staleness run [--part main] [--jobs 2] [--hours 3]    resumes where it was stopped
-python -m benchmarks.staleness report                                      writes docs/staleness.md from the results
-python -m benchmarks.staleness quick                                       every path in minutes, numbers of no meaning
+python -m benchmarks.staleness run      resumes where it was stopped: [--part main] [--checkpoints 1] [--hours 3]
+python -m benchmarks.staleness report   writes docs/staleness.md from the results
+python -m benchmarks.staleness quick    every path in minutes, numbers of no meaning
 """
 
 import argparse
@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -74,7 +75,11 @@ def _commit() -> str:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    wanted = [cell for cell in cells() if arguments.part in (None, cell.part)]
+    wanted = [
+        replace(cell, warmup_seeds=cell.warmup_seeds[: arguments.checkpoints])
+        for cell in cells()
+        if arguments.part in (None, cell.part)
+    ]
     make_runs(wanted, Results(RESULTS), models=MODELS, jobs=arguments.jobs, hours=arguments.hours)
 
 
@@ -96,6 +101,7 @@ def main() -> None:
     commands: dict[str, Callable[[argparse.Namespace], None]] = {"run": _run, "report": _report, "quick": _quick}
     parser.add_argument("command", choices=commands)
     parser.add_argument("--part", choices=sorted({cell.part for cell in cells()}), help="one part of the study")
+    parser.add_argument("--checkpoints", type=int, help="final runs from so many warm-ups only, all later")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side; one a core")
     parser.add_argument("--hours", type=float, default=24.0, help="begin no run after this time")
     arguments = parser.parse_args()

@@ -1,5 +1,7 @@
 """Warm-up checkpoints: the model that every run of a task starts from, made once and kept."""
 
+import contextlib
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +18,15 @@ STEPS = {"running_sums": WARMUP_STEPS, "sorting": 2 * WARMUP_STEPS, "scratchpad_
 def checkpoint(directory: Path, task: str, seed: int) -> Path:
     """Return the model directory of a warm-up, made if it is not there. Same seed, same machine, same weights."""
     path = directory / f"{task}-{seed}"
-    if not (path / "model.safetensors").is_file():
+    if not path.is_dir():
+        directory.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(make_config(TOKENIZER), dtype=torch.float32)
         rng = np.random.default_rng(seed)
         warm_up(model, TASKS[task](), steps=STEPS[task], rng=rng, slip_probability=SLIPS[task])
-        TOKENIZER.save_pretrained(path)
-        model.save_pretrained(path)
+        made = Path(tempfile.mkdtemp(prefix=f"{path.name}.", dir=directory))  # whole, or not there: runs share it
+        TOKENIZER.save_pretrained(made)
+        model.save_pretrained(made)
+        with contextlib.suppress(OSError):  # another run was first
+            made.rename(path)
     return path

@@ -1,8 +1,9 @@
 """Which runs the study consists of, in the order in which they are worth having.
 
-A cell is one method under one lag and reuse. Its learning rate and decay are tuned by successive halving: every
-candidate with one seed, the better half with a second seed; the best mean goes into the final seeds, which tuning never
-saw. All cells of a part are tuned alike.
+A cell is one method under one lag and reuse. Its learning rate and decay are tuned by successive halving: every rate
+with one seed and the first decay; the better half of the rates with the other decay, too; the better half of these
+with a second seed; the best mean goes into the final seeds, which tuning never saw. All cells of a part are tuned
+alike.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from learner.objectives.recipes import RECIPES
 Finals = Callable[[Run], float | None]
 """The final accuracy of a run, None while it was not made."""
 
-LEARNING_RATES = (2e-4, 4e-4, 8e-4)
+LEARNING_RATES = (2e-4, 4e-4, 8e-4, 1.6e-3)
 USUAL_RATE = (4e-4,)
 """Where nothing is tuned: the demo's."""
 SCHEDULES: tuple[Literal["constant", "linear"], ...] = ("linear", "constant")
@@ -81,8 +82,7 @@ class Cell:
     def candidates(self) -> list[Run]:
         """Return the first rung of tuning."""
         return [
-            self.run(lr, schedule, warmup_seed=self.warmup_seeds[0], seed=self.tuning_seeds[0])
-            for schedule in self.schedules
+            self.run(lr, self.schedules[0], warmup_seed=self.warmup_seeds[0], seed=self.tuning_seeds[0])
             for lr in self.learning_rates
         ]
 
@@ -97,15 +97,27 @@ class Cell:
 
 def tuning(cell: Cell, final: Finals) -> tuple[list[Run], Run | None]:
     """Return the tuning runs that can be made now and were not, and the best candidate once there are none."""
-    rung = cell.candidates()
-    for number, seed in enumerate(cell.tuning_seeds):
-        missing = [run for run in (replace(run, seed=seed) for run in rung) if final(run) is None]
-        if missing:
+    rung, seeds = cell.candidates(), cell.tuning_seeds
+    if missing := _missing(rung, seeds[:1], final):
+        return missing, None
+    rates = _better_half(rung, seeds[:1], final)
+    rung = [replace(run, schedule=schedule) for run in rates for schedule in cell.schedules]
+    for number in range(1, len(seeds) + 1):
+        if missing := _missing(rung, seeds[:number], final):
             return missing, None
-        seen = cell.tuning_seeds[: number + 1]
-        rung.sort(key=lambda run: -fmean(final(replace(run, seed=other)) or 0.0 for other in seen))
-        rung = rung[: max(1, len(rung) // 2)]
+        rung = _better_half(rung, seeds[:number], final)
     return [], rung[0]
+
+
+def _missing(rung: Sequence[Run], seeds: Sequence[int], final: Finals) -> list[Run]:
+    runs = [replace(run, seed=seed) for run in rung for seed in seeds]
+    return [run for run in runs if final(run) is None]
+
+
+def _better_half(rung: Sequence[Run], seeds: Sequence[int], final: Finals) -> list[Run]:
+    """Return the better half, the best first, by the mean over the seeds, all of which were made."""
+    best_first = sorted(rung, key=lambda run: -fmean(final(replace(run, seed=seed)) or 0.0 for seed in seeds))
+    return best_first[: max(1, len(rung) // 2)]
 
 
 def due(cell: Cell, final: Finals) -> list[Run]:

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +24,7 @@ from actor.rollout import Rollouts
 from actor.settings import ActorSettings
 from actor.torch_engine import TorchEngine
 from benchmarks.study.models import checkpoint
-from benchmarks.study.tasks import TASKS, answer_tokens
+from benchmarks.study.tasks import TASKS, StudyTask, answer_tokens
 from buffer.errors import StalewiseError
 from buffer.types import Group, Sample, SampleInfo
 from learner.collate import age_updates, collate
@@ -36,10 +37,12 @@ from learner.step import SKIPPED, Trainer
 GROUP_SIZE = 8
 GROUPS_PER_UPDATE = 16
 ROLLOUTS_PER_BATCH = GROUP_SIZE * GROUPS_PER_UPDATE
-NUM_EVALUATIONS = 20
+NUM_EVALUATIONS = 12
 FINAL_PASSES = 4
 """Passes over the 512 held-out prompts for the final accuracy: a standard error of one point or less."""
 MICRO_BATCH_TOKENS = 32_768
+INITIAL_SEED = 1_000_000
+"""Added to a run's seed for the data of the initial policy, or the later batches would ask the same prompts again."""
 REPORTED = ("ratio/variance", "effective_samples/share", "k3/nats_mean", "gradient/norm", "multiplier/variance")
 """Metrics kept in a record, with the share of sequences that each gate keeps: means over the last third of a run."""
 
@@ -93,21 +96,13 @@ class Simulation:
         torch.set_num_threads(1)
         torch.manual_seed(run.seed)
         self.task = TASKS[run.task]()
-        self.actor = ActorSettings(
-            group_size=GROUP_SIZE, groups_per_batch=GROUPS_PER_UPDATE, max_new_tokens=answer_tokens(self.task)
-        )
+        self.actor = _actor_settings(self.task)
         model_dir = checkpoint(models, run.task, run.warmup_seed)
         self.engine = TorchEngine(model_dir, seed=run.seed)
         self.trainer = _trainer(run, model_dir)
-        self._rollouts = Rollouts(
-            engine=self.engine,
-            task=self.task,
-            settings=self.actor,
-            run_id="study",
-            rng=np.random.default_rng(run.seed),
-        )
+        self._rollouts = _rollouts(self.engine, self.task, self.actor, seed=run.seed)
         self.load()
-        self._queue: deque[list[Group]] = deque(self._rollouts.next_batch() for _ in range(run.lag))
+        self._queue = deque(_initial_batches(model_dir, run.task, run.lag, seed=INITIAL_SEED + run.seed))
         self._groups: list[Group] = []
 
     def load(self) -> None:
@@ -181,6 +176,24 @@ def simulate(run: Run, models: Path, on_evaluation: Callable[[Point], object] = 
         skipped=skipped,
         seconds=round(time.perf_counter() - started_s, 1),
     )
+
+
+@lru_cache(maxsize=8)
+def _initial_batches(model_dir: Path, task_name: str, count: int, *, seed: int) -> tuple[list[Group], ...]:
+    """Return what the initial policy answers: the same for every method, so made once for all runs of a process."""
+    task = TASKS[task_name]()
+    engine = TorchEngine(model_dir, seed=seed)
+    engine.load(model_dir / "model.safetensors", 0)
+    rollouts = _rollouts(engine, task, _actor_settings(task), seed=seed)
+    return tuple(rollouts.next_batch() for _ in range(count))
+
+
+def _rollouts(engine: TorchEngine, task: StudyTask, settings: ActorSettings, *, seed: int) -> Rollouts:
+    return Rollouts(engine=engine, task=task, settings=settings, run_id="study", rng=np.random.default_rng(seed))
+
+
+def _actor_settings(task: StudyTask) -> ActorSettings:
+    return ActorSettings(group_size=GROUP_SIZE, groups_per_batch=GROUPS_PER_UPDATE, max_new_tokens=answer_tokens(task))
 
 
 def _settings(run: Run) -> LearnerSettings:

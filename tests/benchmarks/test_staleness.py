@@ -40,23 +40,29 @@ def result(final: float) -> Result:
 
 
 def test_tuning_halves_the_candidates_and_the_best_mean_goes_on(tmp_path: Path) -> None:
-    cell = Cell(part="main", method="grpo", label="grpo", learning_rates=(1e-4, 2e-4), schedules=("linear", "constant"))
+    rates = (1e-4, 2e-4, 4e-4, 8e-4)
+    cell = Cell(part="main", method="grpo", label="grpo", learning_rates=rates, schedules=("linear", "constant"))
     results = Results(tmp_path / "results.jsonl")
-    finals = {(1e-4, "linear"): (0.5, 0.9), (2e-4, "linear"): (0.6, 0.6), (1e-4, "constant"): (0.4, 1.0)}
-
-    first = due(cell, results.final)
-    for run in first:
-        results.add(run, result(finals.get((run.lr, run.schedule), (0.1, 0.1))[0]), commit="c")
-    second = due(cell, results.final)
-    for run in second:
-        results.add(run, result(finals[run.lr, run.schedule][1]), commit="c")
+    finals = {
+        (1e-4, "linear"): (0.5, 0.9),
+        (2e-4, "linear"): (0.4,),
+        (4e-4, "linear"): (0.6, 0.6),
+        (8e-4, "linear"): (0.1,),
+        (1e-4, "constant"): (0.45,),
+        (4e-4, "constant"): (0.4,),
+    }
+    rungs = []
+    for _ in range(3):
+        rungs.append([(run.lr, run.schedule, run.seed) for run in due(cell, results.final)])
+        for run in due(cell, results.final):
+            results.add(run, result(finals[run.lr, run.schedule][run.seed - 100]), commit="c")
     again = Results(tmp_path / "results.jsonl")
 
-    assert len(first) == 4
-    assert {(run.lr, run.schedule, run.seed) for run in second} == {(1e-4, "linear", 101), (2e-4, "linear", 101)}
-    assert len(again) == 6
+    assert rungs[0] == [(rate, "linear", 100) for rate in rates]
+    assert set(rungs[1]) == {(1e-4, "constant", 100), (4e-4, "constant", 100)}
+    assert set(rungs[2]) == {(1e-4, "linear", 101), (4e-4, "linear", 101)}
     missing, best = tuning(cell, again.final)
-    assert (missing, best and best.lr) == ([], 1e-4)  # a mean of .7 against .6; .4 and 1.0 did not get there
+    assert (missing, best and best.lr) == ([], 1e-4)  # a mean of .7 against .6
     assert {(run.lr, run.seed, run.warmup_seed) for run in due(cell, again.final)} == {
         (1e-4, seed, warmup_seed) for seed in (0, 1, 2) for warmup_seed in (0, 1)
     }
