@@ -1,9 +1,9 @@
 """Which runs the study consists of, in the order in which they are worth having.
 
 A cell is one method under one lag and reuse. Its learning rate and decay are tuned by successive halving: every rate
-with one seed and the first decay; the better half of the rates with the other decay, too; the better half of these
-with a second seed; the best mean goes into the final seeds, which tuning never saw. All cells of a part are tuned
-alike.
+with one seed and the first decay, and the next rate beyond for as long as the best one is at an end of the range; the
+better half of the rates with the other decay, too; the better half of these with a second seed; the best mean goes
+into the final seeds, which tuning never saw. All cells of a part are tuned alike.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +20,8 @@ Finals = Callable[[Run], float | None]
 """The final accuracy of a run, None while it was not made."""
 
 LEARNING_RATES = (2e-4, 4e-4, 8e-4, 1.6e-3)
+RATE_BOUNDS = (5e-5, 6.4e-3)
+"""How far tuning may go beyond them, in factors of two."""
 USUAL_RATE = (4e-4,)
 """Where nothing is tuned: the demo's."""
 SCHEDULES: tuple[Literal["constant", "linear"], ...] = ("linear", "constant")
@@ -100,6 +102,10 @@ def tuning(cell: Cell, final: Finals) -> tuple[list[Run], Run | None]:
     rung, seeds = cell.candidates(), cell.tuning_seeds
     if missing := _missing(rung, seeds[:1], final):
         return missing, None
+    while beyond := _beyond(rung, seeds[0], final):
+        if missing := _missing([beyond], seeds[:1], final):
+            return missing, None
+        rung.append(beyond)
     rates = _better_half(rung, seeds[:1], final)
     rung = [replace(run, schedule=schedule) for run in rates for schedule in cell.schedules]
     for number in range(1, len(seeds) + 1):
@@ -107,6 +113,16 @@ def tuning(cell: Cell, final: Finals) -> tuple[list[Run], Run | None]:
             return missing, None
         rung = _better_half(rung, seeds[:number], final)
     return [], rung[0]
+
+
+def _beyond(rung: Sequence[Run], seed: int, final: Finals) -> Run | None:
+    """Return the run at the next rate, if the best of several is the lowest or the highest, and not at the bounds."""
+    rates = sorted(run.lr for run in rung)
+    best = _better_half(rung, [seed], final)[0]
+    if len(rates) == 1 or best.lr not in (rates[0], rates[-1]):
+        return None
+    rate = best.lr * (2 if best.lr == rates[-1] else 0.5)
+    return replace(best, lr=rate) if RATE_BOUNDS[0] <= rate <= RATE_BOUNDS[1] else None
 
 
 def _missing(rung: Sequence[Run], seeds: Sequence[int], final: Finals) -> list[Run]:

@@ -68,6 +68,22 @@ def test_tuning_halves_the_candidates_and_the_best_mean_goes_on(tmp_path: Path) 
     }
 
 
+def test_tuning_goes_on_past_the_end_of_the_range_while_the_best_rate_is_there(tmp_path: Path) -> None:
+    cell = Cell(part="main", method="grpo", label="grpo").lean()
+    results = Results(tmp_path / "results.jsonl")
+    asked = []
+    for _ in range(3):
+        runs = due(cell, results.final)
+        asked.append([run.lr for run in runs])
+        for run in runs:
+            results.add(run, result(run.lr * 100 if run.lr < 5e-3 else 0.0), commit="c")
+
+    assert asked == [[2e-4, 4e-4, 8e-4, 1.6e-3], [3.2e-3], [6.4e-3]]
+    _, best = tuning(cell, results.final)
+    assert best is not None
+    assert best.lr == 3.2e-3
+
+
 def test_a_changed_default_of_a_recipe_is_another_run() -> None:
     assert key_of(RUN) == key_of(replace(RUN, options={"max_k2": 0.5}))
     assert key_of(RUN) != key_of(replace(RUN, options={"max_k2": 0.25}))
