@@ -1,6 +1,6 @@
 """The staleness study: what each method is worth on old data (docs/staleness.md).
 
-python -m benchmarks.staleness run      resumes where it was stopped: [--part main] [--checkpoints 1] [--hours 3]
+python -m benchmarks.staleness run      resumes where it was stopped: [--part main] [--methods trm grpo] [--hours 3]
 python -m benchmarks.staleness report   writes docs/staleness.md from the results
 python -m benchmarks.staleness quick    every path in minutes, numbers of no meaning
 """
@@ -23,6 +23,7 @@ from benchmarks.study.plan import Cell, cells, due, quick_cells
 from benchmarks.study.report import write_report
 from benchmarks.study.results import Results, key_of
 from benchmarks.study.simulation import Result, Run, simulate
+from learner.objectives.recipes import RECIPES
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "benchmarks/results/staleness.jsonl"
@@ -78,7 +79,7 @@ def _run(arguments: argparse.Namespace) -> None:
     wanted = [
         replace(cell, warmup_seeds=cell.warmup_seeds[: arguments.checkpoints])
         for cell in cells()
-        if arguments.part in (None, cell.part)
+        if arguments.part in (None, cell.part) and cell.method in (arguments.methods or RECIPES)
     ]
     make_runs(wanted, Results(RESULTS), models=MODELS, jobs=arguments.jobs, hours=arguments.hours)
 
@@ -101,6 +102,7 @@ def main() -> None:
     commands: dict[str, Callable[[argparse.Namespace], None]] = {"run": _run, "report": _report, "quick": _quick}
     parser.add_argument("command", choices=commands)
     parser.add_argument("--part", choices=sorted({cell.part for cell in cells()}), help="one part of the study")
+    parser.add_argument("--methods", nargs="+", choices=RECIPES, help="these methods alone")
     parser.add_argument("--checkpoints", type=int, help="final runs from so many warm-ups only, all later")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side; one a core")
     parser.add_argument("--hours", type=float, default=24.0, help="begin no run after this time")
