@@ -64,6 +64,15 @@ def trust_region(
     return {name: gate for name, (threshold, gate) in gates.items() if math.isfinite(threshold)}
 
 
+def where_bad(gate: Gate) -> Gate:
+    """Apply a gate where A < 0 and leave the rest open: what was good can be learnt however unlikely it has become."""
+
+    def of_the_bad(tokens: Tokens, advantage: Tensor) -> Tensor:
+        return gate(tokens, advantage) | (advantage >= 0)
+
+    return of_the_bad
+
+
 def length_neutral(*, epsilon: float, delta: float, threshold: float) -> Gate:
     """Keep whole sequences with sum_t w_t |rho_t - 1| <= threshold * sum_t w_t, t = 1..T the trained tokens.
 

@@ -9,7 +9,7 @@ from pydantic import model_validator
 from learner.objectives.aggregation import mean_over_tokens, sum_over_sequences_per_token
 from learner.objectives.bellman import REVAL_COLUMNS, reval_residual
 from learner.objectives.composition import Composition, Constraint, PolicyGradient, SquaredResidual, Term
-from learner.objectives.gates import trust_region
+from learner.objectives.gates import trust_region, where_bad
 from learner.objectives.multipliers import DualAscent
 from learner.objectives.objective import TokenPiece
 from learner.objectives.penalties import ratio_variance
@@ -32,7 +32,7 @@ from learner.objectives.recipe import (
     Share,
     Threshold,
 )
-from learner.objectives.surrogates import score
+from learner.objectives.surrogates import score, tapered_score
 
 
 class WeightName(StrEnum):
@@ -56,21 +56,23 @@ _WEIGHTS: dict[WeightName, TokenPiece] = {
 
 
 class Stalewise(Recipe):
-    """The default: MinPRO's weight and TRM's gate; R2VPO's constraint and ReVal's residual to switch on: ours."""
+    """The default: TOPR's taper, MinPRO's weight, TRM's gate; on demand R2VPO's constraint, ReVal's residual: ours."""
 
     name: ClassVar = "stalewise"
-    paper: ClassVar = "ours, after arXiv 2601.22718, 2512.23075, 2601.03320, 2603.23355"
+    paper: ClassVar = "ours, after arXiv 2503.14286, 2601.22718, 2512.23075, 2601.03320, 2603.23355"
     sentence: ClassVar = (
-        "1/N sum { -policy_coefficient [gate] s(w) A log pi + lambda (rho - 1)^2 }"
-        " + bellman_coefficient beta / (2 N) sum_i delta_i^2"
+        "1/N sum { -policy_coefficient u A log pi + lambda (rho - 1)^2 }"
+        " + bellman_coefficient beta / (2 N) sum_i delta_i^2, u = 1 if A >= 0 else [gate] s(w)"
     )
-    use: ClassVar = "The default for old data: weight and gate; each part is switched on or off in one line."
+    use: ClassVar = "The default for old data: good answers in full, bad ones by weight and gate; a line for each part."
     denominator: ClassVar = "all tokens"
 
     policy_coefficient: NonNegative = 1.0
     """Of the policy gradient. 0 = off."""
     weight: WeightName = WeightName.MINPRO
     """Of a token in the policy gradient. none = off."""
+    taper: bool = True
+    """Tokens with A >= 0 have weight 1 and no gate, or the policy could not relearn what it unlearnt. False = off."""
     clip_low: ClipLow = 1.0
     """As in minpro."""
     clip_high: ClipHigh = 0.28
@@ -79,8 +81,8 @@ class Stalewise(Recipe):
     """As in trm, but for stale data: 0.5 = one token may be 2.7 times likelier or less likely. inf = off."""
     mean_k3: Threshold = math.inf
     """As in trm. inf = off."""
-    advantage: AdvantageName = AdvantageName.LEAVE_ONE_OUT
-    """In units of reward, as the Bellman part is, so that the coefficients compare."""
+    advantage: AdvantageName = AdvantageName.STANDARDISED
+    """As in GRPO. With the Bellman part leave_one_out: both in units of reward, so that the coefficients compare."""
     target_variance: Positive = 0.04
     """As in r2vpo."""
     lambda_start: NonNegative = 0.0
@@ -120,11 +122,13 @@ class Stalewise(Recipe):
         return self.composed(*terms, dual=dual)
 
     def _policy(self) -> Term:
+        weight = soft_clip(self.weight.ratio, low=self.clip_low, high=self.clip_high)
+        gates = trust_region(max_k2=self.max_k2, mean_k3=self.mean_k3)
         return PolicyGradient(
-            surrogate=score(soft_clip(self.weight.ratio, low=self.clip_low, high=self.clip_high)),
+            surrogate=tapered_score(weight) if self.taper else score(weight),
             advantage=self.advantage.piece,
             aggregate=mean_over_tokens,
-            gates=trust_region(max_k2=self.max_k2, mean_k3=self.mean_k3),
+            gates={name: where_bad(gate) for name, gate in gates.items()} if self.taper else gates,
             coefficient=self.policy_coefficient,
         )
 

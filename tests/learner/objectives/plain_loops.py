@@ -237,12 +237,15 @@ def reval(rows: Sequence[Row]) -> Result:
 
 
 def stalewise_policy(rows: Sequence[Row]) -> Result:
-    return weighted_score(
+    bad = weighted_score(
         rows,
         lambda row, t: clip(prefix_ratio(row, t), 0.0, 1.28),
-        leave_one_out,
+        lambda rows, i: min(standardised(rows, i), 0.0),
         lambda row: inside_trust_region(row, 0.5, math.inf),
     )
+    good = weighted_score(rows, lambda row, t: 1.0, lambda rows, i: max(standardised(rows, i), 0.0))
+    grad = {at: good.logprobs[at] + bad.logprobs.get(at, 0.0) for at in good.logprobs}
+    return Result(good.loss + bad.loss, grad, {}, {})
 
 
 def stalewise(rows: Sequence[Row]) -> Result:

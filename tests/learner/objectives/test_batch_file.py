@@ -280,8 +280,8 @@ def test_the_catalog_names_the_pieces_that_a_recipe_chose() -> None:
     everything: dict[str, object] = {"lambda_max": 0.1, "bellman_coefficient": 1.0, "mean_k3": 0.1}
 
     assert pieces(build_objective("stalewise", everything)) == (
-        "policy: score(soft_clip(prefix_ratio)), leave_one_out, mean_over_tokens, "
-        "gate sequence_largest_k2, gate sequence_mean(k3)",
+        "policy: tapered_score(soft_clip(prefix_ratio)), standardised, mean_over_tokens, "
+        "gate where_bad(sequence_largest_k2), gate where_bad(sequence_mean(k3))",
         "variance: ratio_variance(bounded_ratio), mean_over_tokens, dual ascent",
         "bellman: reval_residual(leave_one_out), squared, sum_over_sequences_per_token",
     )

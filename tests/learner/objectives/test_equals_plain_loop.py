@@ -1,5 +1,6 @@
 """Every recipe equals a plain Python loop, in loss and in gradient, on ragged rows with nan behind the mask."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import pytest
@@ -116,9 +117,19 @@ def test_recipe_equals_its_plain_loop_on_one_token_and_on_one_group(name: str) -
         ("stalewise", {}, plain_loops.stalewise_policy),
         (
             "stalewise",
-            {"lambda_max": 0, "bellman_coefficient": 0, "weight": "token", "max_k2": "inf", "advantage": "group_mean"},
+            {"taper": False, "weight": "token", "max_k2": "inf", "advantage": "group_mean"},
             lambda rows: plain_loops.weighted_score(
                 rows, lambda row, t: min(plain_loops.token_ratio(row, t), 1.28), plain_loops.group_mean
+            ),
+        ),
+        (
+            "stalewise",
+            {"taper": False, "advantage": "leave_one_out"},
+            lambda rows: plain_loops.weighted_score(
+                rows,
+                lambda row, t: plain_loops.clip(plain_loops.prefix_ratio(row, t), 0.0, 1.28),
+                plain_loops.leave_one_out,
+                lambda row: plain_loops.inside_trust_region(row, 0.5, math.inf),
             ),
         ),
         (

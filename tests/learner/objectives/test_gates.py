@@ -16,6 +16,7 @@ from learner.objectives.gates import (
     sequence_mean,
 )
 from learner.objectives.ratios import k2, k3, token_ratio
+from learner.objectives.recipe import AdvantageName
 from learner.objectives.recipes import build_objective
 from tests.learner.objectives.batches import from_logs, gradient, tokens_of
 
@@ -110,3 +111,16 @@ def test_a_closed_gate_leaves_the_denominator_of_the_open_tokens(options: dict[s
         found, ungated = gradient(loss.total, tokens.logprobs), gradient(free.total, tokens.logprobs)
         is_open = loss.gates["trust_region_max_estimate"]
         torch.testing.assert_close(found, torch.where(is_open, ungated, 0.0), rtol=1e-6, atol=1e-9)
+
+
+def test_with_the_taper_a_good_token_is_learnt_in_full_however_unlikely_it_has_become() -> None:
+    tokens = tokens_of()
+    advantage = AdvantageName.STANDARDISED.piece(tokens)
+    good = tokens.mask & (advantage > 0)
+
+    loss = build_objective("stalewise", {"max_k2": 1e-9})(tokens, {})
+
+    found = gradient(loss.total, tokens.logprobs)
+    torch.testing.assert_close(found[good], -(advantage.expand_as(found) / tokens.mask.sum())[good])
+    assert loss.gates["trust_region_max_estimate"][good].all()
+    assert not found[tokens.mask & (advantage < 0)].any()

@@ -43,7 +43,7 @@ AT_RATIO_1: dict[str, tuple[str, Reduction]] = {
     "trm_ser": ("standardised", mean_over_sequences_of_sums),
     "r2vpo": ("standardised", mean_over_tokens),
     "r2vpo_fresh": ("standardised", mean_over_tokens),
-    "stalewise": ("leave_one_out", mean_over_tokens),
+    "stalewise": ("standardised", mean_over_tokens),
 }
 """The advantage and the aggregation whose product is a token's coefficient when pi = behaviour."""
 
