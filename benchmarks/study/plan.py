@@ -167,7 +167,7 @@ ABLATIONS: dict[str, dict[str, JsonValue]] = {
     "no prefix factor": {"weight": "token"},
     "no ratio": {"weight": "none"},
     "prefix capped at 1": {"weight": "minpro_capped"},
-    "no gate": {"max_k2": float("inf")},
+    "no gate": {"max_k2": "inf"},
     "gate at 0.05": {"max_k2": 0.05},
     "gate at 2": {"max_k2": 2.0},
     "constraint, lambda_max 0.03": {"lambda_max": 0.03},
