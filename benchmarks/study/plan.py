@@ -22,7 +22,7 @@ Finals = Callable[[Run], float | None]
 LEARNING_RATES = (2e-4, 4e-4, 8e-4, 1.6e-3)
 RATE_BOUNDS = (5e-5, 6.4e-3)
 """How far tuning may go beyond them, in factors of two."""
-USUAL_RATE = (4e-4,)
+USUAL_RATE = (8e-4,)
 """Where nothing is tuned: the demo's."""
 SCHEDULES: tuple[Literal["constant", "linear"], ...] = ("linear", "constant")
 TUNING_SEEDS = (100, 101)

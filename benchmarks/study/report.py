@@ -5,17 +5,19 @@ A block stands between `<!-- results: NAME -->` and `<!-- /results -->`; each fu
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
 from matplotlib.figure import Figure
 
-from benchmarks.study.plan import Cell, tuning
+from benchmarks.study.plan import RATE_BOUNDS, SCHEDULES, Cell, tuning
 from benchmarks.study.results import Results
 from benchmarks.study.simulation import Point, Run
 
 NOT_YET = "-"
+RATES = tuple(RATE_BOUNDS[0] * 2**doublings for doublings in range(8))
+"""All that tuning can ask for."""
 LAGS, CURVES = "staleness-lags.png", "staleness-curves.png"
 
 
@@ -31,6 +33,8 @@ class Outcome:
     skipped: list[int]
     """Updates that each final run skipped."""
     metrics: list[dict[str, float]]
+    tried: dict[tuple[str, float], float]
+    """Final accuracy by decay and rate, with the first seed of tuning."""
 
     @property
     def accepted(self) -> str:
@@ -86,6 +90,12 @@ def _outcome(cell: Cell, results: Results) -> Outcome:
         failures=[result["failure"] for result in found if result["failure"]],
         skipped=[int(result["skipped"]) for result in found],
         metrics=[result["metrics"] for result in found],
+        tried={
+            (schedule, lr): final
+            for schedule in SCHEDULES
+            for lr in RATES
+            if (final := results.final(replace(cell.candidates()[0], lr=lr, schedule=schedule))) is not None
+        },
     )
 
 
@@ -141,6 +151,28 @@ def _setting(best: Run | None) -> str:
     return NOT_YET if best is None else f"{best.lr:g} {best.schedule}"
 
 
+def _tried(outcomes: Sequence[Outcome]) -> str:
+    """Of every method and every variant of `stalewise` at the largest lag that the main table has."""
+    main = _of(outcomes, part="main", reuse=1)
+    largest = max((outcome.cell.lag for outcome in main), default=0)
+    variants = [o for o in _of(outcomes, part="ablations") if o.cell.options]
+    rows = [o for o in _of(main, lag=largest) + variants if o.tried]
+    columns = [(schedule, lr) for schedule in SCHEDULES for lr in RATES if any((schedule, lr) in o.tried for o in rows)]
+    return _table(
+        ["method", *(f"{lr:g} {schedule}" for schedule, lr in columns)],
+        [[_label(o), *(_percent(o.tried.get(column)) for column in columns)] for o in rows],
+    )
+
+
+def _label(outcome: Outcome) -> str:
+    cell = outcome.cell
+    return f"`{cell.label}`" if cell.label == cell.method else cell.label
+
+
+def _percent(value: float | None) -> str:
+    return NOT_YET if value is None else f"{100 * value:.1f}"
+
+
 def _kept(outcomes: Sequence[Outcome]) -> str:
     main = _of(outcomes, part="main", reuse=1)
     rows = []
@@ -193,7 +225,7 @@ def _listed(part: str) -> Callable[[Sequence[Outcome]], str]:
     def block(outcomes: Sequence[Outcome]) -> str:
         rows = [
             [
-                f"`{o.cell.label}`" if o.cell.label == o.cell.method else o.cell.label,
+                _label(o),
                 _setting(o.best),
                 o.accepted,
                 o.spread,
@@ -250,6 +282,7 @@ BLOCKS: dict[str, Callable[[Sequence[Outcome]], str]] = {
     "main": _main,
     "plots": _plots,
     "tuned": _tuned,
+    "tried": _tried,
     "kept": _kept,
     "rollouts": _rollouts,
     "ablations": _listed("ablations"),
