@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -296,7 +297,7 @@ BLOCKS: dict[str, Callable[[Sequence[Outcome]], str]] = {
 def _plot_curves(outcomes: Sequence[Outcome], path: Path) -> None:
     """Accuracy against rollouts: one panel a condition of the main table, one line a method, medians over runs."""
     main = _of(outcomes, part="main")
-    conditions = _conditions(main)
+    conditions = _conditions(_of_main_with_finals(outcomes))
     figure = Figure(figsize=(4 * len(conditions), 3.6), layout="constrained")
     panels = figure.subplots(1, len(conditions), squeeze=False, sharey=True)[0]
     for (reuse, lag), axes in zip(conditions, panels, strict=True):
@@ -306,13 +307,18 @@ def _plot_curves(outcomes: Sequence[Outcome], path: Path) -> None:
                 axes.plot(
                     [same[0][1] for same in points],
                     [100 * median(accuracy for _, _, accuracy in same) for same in points],
-                    color=f"C{number}",
                     label=method,
+                    **_style(method, number),
                 )
         axes.set(title=_named((reuse, lag)), xlabel="rollouts trained on", ylim=(0, 100))
     panels[0].set(ylabel="held-out accuracy, %")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=8)
     figure.savefig(path, dpi=110)
+
+
+def _style(method: str, number: int) -> dict[str, Any]:
+    """Ours stands out; matplotlib's colours for the others."""
+    return {"color": "black", "linewidth": 2.5, "zorder": 3} if method == "stalewise" else {"color": f"C{number}"}
 
 
 def _plot_lags(outcomes: Sequence[Outcome], path: Path) -> None:
@@ -331,6 +337,7 @@ def _plot_lags(outcomes: Sequence[Outcome], path: Path) -> None:
             marker="o",
             capsize=3,
             label=method,
+            **_style(method, number),
         )
     axes.set(xlabel="lag, updates", ylabel="final held-out accuracy, %", ylim=(0, 100))
     axes.legend(ncols=2)
