@@ -3,7 +3,7 @@
 Until update LAG all three train on the very same rollouts, those of the start policy; later data is LAG updates old.
 Each method runs in a process of its own; the chart is drawn again after each evaluation and saved as a PNG.
 
-Usage: python -m benchmarks.compare [--lag 128] [--updates 180] [--lr 4e-4] [--png runs/compare.png]
+Usage: python -m benchmarks.compare [--lag 128] [--updates 180] [--lr 8e-4] [--png runs/compare.png]
 """
 
 import argparse
@@ -92,7 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lag", type=int, default=128)
     parser.add_argument("--updates", type=int, default=180)
-    parser.add_argument("--lr", type=float, default=4e-4)
+    parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--png", type=Path, default=Path("runs/compare.png"))
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # of the children: torch reads it when it is imported
