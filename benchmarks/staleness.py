@@ -19,7 +19,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.study.plan import Cell, cells, due, quick_cells
+from benchmarks.study.plan import WARMUP_SEEDS, Cell, cells, due, quick_cells
 from benchmarks.study.report import write_report
 from benchmarks.study.results import Results, key_of
 from benchmarks.study.simulation import Result, Run, simulate
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("command", choices=commands)
     parser.add_argument("--part", choices=sorted({cell.part for cell in cells()}), help="one part of the study")
     parser.add_argument("--methods", nargs="+", choices=RECIPES, help="these methods alone")
-    parser.add_argument("--checkpoints", type=int, help="final runs from so many warm-ups only, all later")
+    parser.add_argument("--checkpoints", type=int, choices=range(1, len(WARMUP_SEEDS) + 1), help="of the final runs")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side; one a core")
     parser.add_argument("--hours", type=float, default=24.0, help="begin no run after this time")
     arguments = parser.parse_args()

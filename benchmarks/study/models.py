@@ -1,6 +1,6 @@
 """Warm-up checkpoints: the model that every run of a task starts from, made once and kept."""
 
-import contextlib
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -27,6 +27,10 @@ def checkpoint(directory: Path, task: str, seed: int) -> Path:
         made = Path(tempfile.mkdtemp(prefix=f"{path.name}.", dir=directory))  # whole, or not there: runs share it
         TOKENIZER.save_pretrained(made)
         model.save_pretrained(made)
-        with contextlib.suppress(OSError):  # another run was first
+        try:
             made.rename(path)
+        except OSError:
+            if not path.is_dir():
+                raise
+            shutil.rmtree(made)  # another run was first
     return path
