@@ -40,7 +40,9 @@ class Outcome:
     @property
     def accepted(self) -> str:
         """The share of sequences that the gates kept, by gate; the median over the final runs."""
-        names = sorted({name for metrics in self.metrics for name in metrics if name.startswith("gate/")})
+        names = sorted(
+            {name for metrics in self.metrics for name in metrics if name.startswith("gate/") and "_age_" not in name}
+        )
         shares = [median(metrics[name] for metrics in self.metrics if name in metrics) for name in names]
         return ", ".join(f"{100 * share:.0f} %" for share in shares) or NOT_YET
 

@@ -12,9 +12,14 @@ from learner.objectives.recipes import recipe_named
 
 def key_of(run: Run) -> str:
     """Return the identity of a run: its settings, the recipe's defaults of today among them."""
-    resolved = recipe_named(run.objective).model_validate(dict(run.options)).model_dump(mode="json")
-    text = json.dumps(asdict(run) | {"options": resolved}, sort_keys=True)
+    text = json.dumps(_resolved(run), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _resolved(run: Run) -> dict[str, Any]:
+    """Return the settings with every option of the recipe, for its defaults may change later."""
+    options = recipe_named(run.objective).model_validate(dict(run.options)).model_dump(mode="json")
+    return asdict(run) | {"options": options}
 
 
 class Results:
@@ -40,7 +45,7 @@ class Results:
     def add(self, run: Run, result: Result, *, commit: str) -> None:
         """Append a finished run."""
         key = key_of(run)
-        record = {"key": key, "commit": commit, "run": asdict(run), "result": asdict(result)}
+        record = {"key": key, "commit": commit, "run": _resolved(run), "result": asdict(result)}
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
