@@ -40,7 +40,7 @@ def assemble(config: RunConfig, client: RedisClient, promises: Mapping[str, str]
 
 
 def take_up(context: ServiceContext) -> None:
-    """Bring the table to the latest published version: a service may have died between manifest and table.
+    """Bring the table to the latest published version: its Redis may be a new one.
 
     Raises InvalidSettings when the store holds weights of another run, StoreUnavailable when it cannot be used.
     """

@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from buffer.errors import InvalidRequest, RangeNotSatisfiable, RunMismatch, StoreUnavailable
 from buffer.weights.manifest import Manifest
+from buffer.weights.retention import check_publication
 from buffer.weights.store import ServedWeightStore
 from buffer.wire import decode, parse
 from services.bodies import answer, read_body, sent_media_type, upload_chunks, wanted_media_type
@@ -111,8 +112,7 @@ def _publish_operation(context: ServiceContext) -> Operation:
             raise InvalidRequest(f"the path says version {version}, the manifest {manifest.version}")
         if manifest.run_id != context.run_id:
             raise RunMismatch(f"the manifest is of run {manifest.run_id}, this service serves {context.run_id}")
-        await run_in_threadpool(context.weights.publish, manifest)
-        await run_in_threadpool(context.table.advance_version, manifest.version)
+        await run_in_threadpool(_commit, context, manifest)
         log.info("version %d is published", version, extra={"version": version})
         return Response(status_code=204)
 
@@ -123,6 +123,18 @@ def _publish_operation(context: ServiceContext) -> Operation:
         answers={204: None},
         problems=(404, 409, 413, 415, 422, 503),
     )
+
+
+def _commit(context: ServiceContext, manifest: Manifest) -> None:
+    """Tell the table first: whoever sees the version may at once submit what it drew, which would be refused else.
+
+    A death in between leaves the table ahead by one version, until the next one is published.
+    """
+    latest = context.weights.latest()
+    if latest is None or latest.version != manifest.version:
+        check_publication(manifest, latest, context.weights.blob_bytes)
+    context.table.advance_version(manifest.version)
+    context.weights.publish(manifest)
 
 
 class _VersionBell:

@@ -11,10 +11,13 @@ import httpx
 import pytest
 
 from buffer.client import HttpWeightStore, ServiceClient
+from buffer.types import InsertOutcome
+from buffer.weights.directory_store import DirectoryWeightStore
+from buffer.weights.manifest import Manifest
 from buffer.wire import JSON, encode
 from services.context import ServiceContext
-from tests.factories import PAYLOAD, make_manifest
-from tests.services.live import NO_RETRY
+from tests.factories import PAYLOAD, make_group, make_manifest
+from tests.services.live import NO_RETRY, make_context, serving
 
 NAME = sha256(PAYLOAD).hexdigest()
 
@@ -39,6 +42,32 @@ def test_publication_is_served_and_advances_the_table(http: httpx.Client, contex
         "limits": {},
         "tokens_required": False,
     }
+    assert context.table.stats().latest_version == 4
+
+
+def test_whoever_sees_a_version_can_submit_what_it_drew(tmp_path: Path) -> None:
+    seen: list[InsertOutcome] = []
+
+    class SeenAtOnce(DirectoryWeightStore):
+        def publish(self, manifest: Manifest) -> None:
+            super().publish(manifest)
+            seen.extend(result.outcome for result in context.table.insert([make_group(version=manifest.version)]))
+
+    context = make_context(tmp_path, weights=SeenAtOnce(tmp_path / "weights"))
+    with serving(context) as url, httpx.Client(base_url=url) as client:
+        publish(client, 4)
+
+    assert seen == [InsertOutcome.ACCEPTED]
+
+
+def test_a_version_that_is_refused_leaves_the_table_where_it_was(http: httpx.Client, context: ServiceContext) -> None:
+    publish(http, 4)
+
+    for manifest, status in ((make_manifest(3), 409), (make_manifest(9, payload=b"never stored"), 404)):
+        body = encode(manifest, JSON)
+        answer = http.put(f"/v1/weights/{manifest.version}", content=body, headers={"Content-Type": JSON})
+        assert answer.status_code == status
+
     assert context.table.stats().latest_version == 4
 
 
