@@ -22,6 +22,8 @@ Finals = Callable[[Run], float | None]
 LEARNING_RATES = (2e-4, 4e-4, 8e-4, 1.6e-3)
 RATE_BOUNDS = (5e-5, 6.4e-3)
 """How far tuning may go beyond them, in factors of two."""
+LEAN_RATES = (8e-4, 1.6e-3)
+"""Where tuning begins in the parts that are tuned with less."""
 USUAL_RATE = (8e-4,)
 """Where nothing is tuned: the demo's."""
 SCHEDULES: tuple[Literal["constant", "linear"], ...] = ("linear", "constant")
@@ -57,9 +59,10 @@ class Cell:
     warmup_seeds: Sequence[int] = WARMUP_SEEDS
 
     def lean(self, *, final_seeds: int = len(FINAL_SEEDS)) -> "Cell":
-        """Return the cell with less to make: one decay, one tuning seed, one checkpoint, so many final seeds."""
+        """Return the cell with less to make: two rates to climb from, one decay, one tuning seed, one checkpoint."""
         return replace(
             self,
+            learning_rates=[lr for lr in self.learning_rates if lr in LEAN_RATES],
             schedules=SCHEDULES[:1],
             tuning_seeds=TUNING_SEEDS[:1],
             final_seeds=FINAL_SEEDS[:final_seeds],
