@@ -42,7 +42,11 @@ class TextTask:
         return [self._prompt(question) for question in self._held_out]
 
     def _prompt(self, question: str) -> Prompt:
-        return Prompt(prompt_id=f"{self._name}:{question}", token_ids=_ids(question), answer_key={"text": question})
+        return Prompt(
+            prompt_id=f"{self._name}:{question.removesuffix('=')}",
+            token_ids=_ids(question),
+            answer_key={"text": question},
+        )
 
 
 class Sorting(TextTask):
