@@ -146,11 +146,8 @@ def _gradients(
         matrix = weight.to(shape.dtype)
         for first, last in task.chunks(len(weight)):
             states = hidden[first:last].to(shape.dtype)
-            logits = shape.logits(states, matrix, bias)
-            capped = logits.clone() if shape.softcap is not None else logits
             part = {name: of_score[first:last] for name, of_score in gradients.items()}
-            of_logits = logits_gradient(logits, task.drawn.part(first, last), part)
-            of_logits = shape.before_cap(of_logits, capped)
+            of_logits = _logits_gradient(states, matrix, bias, shape, task.drawn.part(first, last), part)
             if of_bias is not None:
                 of_bias += of_logits.sum(0)
             of_logits = of_logits.to(shape.dtype)
@@ -158,7 +155,22 @@ def _gradients(
                 of_hidden[first:last] = of_logits @ matrix
             if of_weight is not None:
                 _add_product(of_weight, of_logits.T, states)
+            del of_logits  # before the next chunk's are made
     return of_hidden, None if of_weight is None else of_weight.to(weight.dtype), of_bias
+
+
+def _logits_gradient(
+    states: Tensor,
+    matrix: Tensor,
+    bias: Tensor | None,
+    shape: HeadShape,
+    drawn: Targets,
+    gradients: Mapping[str, Tensor],
+) -> Tensor:
+    """Return d sum(gradient * score) / d (W h + b) [c, V], float32."""
+    logits = shape.logits(states, matrix, bias)
+    capped = logits.clone() if shape.softcap is not None else logits
+    return shape.before_cap(logits_gradient(logits, drawn, gradients), capped)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
