@@ -10,6 +10,7 @@ intact_group    for what a table validated on its way in: checks shapes and size
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from math import copysign
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -169,6 +170,7 @@ def _sampling(plain: Any) -> SamplingSettings:
     _require(type(plain) is dict and tuple(plain) == _SAMPLING_FIELDS)
     temperature, top_p, top_k, min_p = plain.values()
     _require(type(temperature) is float and type(top_p) is float and type(top_k) is int and type(min_p) is float)
+    _require(copysign(1.0, min_p) > 0)  # -0.0 equals 0.0, whose settings would be returned for it
     return _validated_sampling(temperature, top_p, top_k, min_p)
 
 

@@ -108,6 +108,18 @@ def test_what_pydantic_refuses_is_left_to_pydantic(path: tuple[Any, ...], value:
     assert valid_group(record) is None
 
 
+def test_a_negative_zero_is_itself_although_the_settings_of_zero_are_remembered() -> None:
+    record = record_of(USUAL)
+    assert valid_group(record) is not None
+    for trajectory in record["trajectories"]:
+        trajectory["sampling"]["min_p"] = -0.0
+
+    stored = encoded_group_from_record(record).record
+
+    assert stored == encode_group(Group.model_validate(record))
+    assert encode_group(read_group(stored)) == stored
+
+
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(data=st.data(), group=st.sampled_from([USUAL, RICH]))
 def test_flipped_bits_never_pass_unless_pydantic_reads_the_same(data: st.DataObject, group: Group) -> None:
