@@ -73,7 +73,8 @@ def _gate(route: str, guard: Guard) -> Callable[[Request], Awaitable[None]]:
 def _responses(operation: Operation) -> dict[int | str, dict[str, Any]]:
     guarded = (401, 403) if ACCESS[operation.route] is not None else ()
     contents: dict[int, dict[str, Any]] = {status: _content(body) for status, body in operation.answers.items()}
-    contents |= {status: _content(Problem) for status in (*operation.problems, *guarded, 500)}
+    unmatched = (404,) if "{" in operation.route else ()  # no route takes a line feed or, without :path, a slash there
+    contents |= {status: _content(Problem) for status in (*operation.problems, *guarded, *unmatched, 500)}
     for status, body in operation.refusals.items():
         contents[status] = _either(body, Problem) if status in operation.problems else _content(body)
     return {status: {"description": HTTPStatus(status).phrase, **content} for status, content in contents.items()}

@@ -74,19 +74,18 @@ class Sorting(TextTask):
 
 
 class ScratchpadAddition(TextTask):
-    """Two numbers of 12 digits, the lowest first; the answer writes each column's digit and carry, then the total.
+    """Two numbers of 12 digits, the lowest first, digit beside digit; the answer writes each column's digit and carry.
 
-    29+94=  ->  1141,1 4 1 <eos>  without the spaces: 2+9 = 1 carry 1, 9+4+1 = 4 carry 1; the total, lowest digit first
+    29+94 is 2994= and is answered by 1141<eos>: 2+9 = 1 carry 1, 9+4+1 = 4 carry 1. Side by side, a column is always as
+    far from its digits: a model of two layers does not find digits that are ever further away.
     """
 
     NUM_DIGITS = 12
 
     def __init__(self) -> None:
-        super().__init__("scratchpad_addition", self._question)
-
-    def _question(self, rng: np.random.Generator) -> str:
-        first, second = rng.integers(0, 10, (2, self.NUM_DIGITS))
-        return "".join(map(str, first)) + "+" + "".join(map(str, second)) + "="
+        super().__init__(
+            "scratchpad_addition", lambda rng: "".join(map(str, rng.integers(0, 10, 2 * self.NUM_DIGITS))) + "="
+        )
 
     def reward(self, prompt: Prompt, response_ids: npt.NDArray[np.int32]) -> float:
         """See Task."""
@@ -95,20 +94,18 @@ class ScratchpadAddition(TextTask):
     def noisy_answer(
         self, prompt: Prompt, rng: np.random.Generator, *, slip_probability: float
     ) -> npt.NDArray[np.int32]:
-        """See TaughtTask. A slip adds 1 to 9 to a column's digit, which the total copies."""
+        """See TaughtTask. A slip adds 1 to 9 to a column's digit; the carry stays right."""
         slips = rng.integers(1, 10, self.NUM_DIGITS) * (rng.random(self.NUM_DIGITS) < slip_probability)
         return self._written(prompt, slips)
 
     def _written(self, prompt: Prompt, slips: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-        first, second = prompt.answer_key["text"][:-1].split("+")
-        carry, columns, total = 0, "", ""
-        for a, b, slip in zip(first, second, slips, strict=True):
-            column = int(a) + int(b) + carry
+        digits = [int(character) for character in prompt.answer_key["text"][:-1]]
+        carry, written = 0, ""
+        for a, b, slip in zip(digits[::2], digits[1::2], slips, strict=True):
+            column = a + b + carry
             carry = column // 10
-            digit = (column + int(slip)) % 10
-            columns += f"{digit}{carry}"
-            total += str(digit)
-        return _answer(f"{columns},{total}{carry}")
+            written += f"{(column + int(slip)) % 10}{carry}"
+        return _answer(written)
 
 
 def _answer(text: str) -> npt.NDArray[np.int32]:
