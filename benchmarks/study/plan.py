@@ -190,7 +190,7 @@ def ablation_cells() -> Iterator[Cell]:
 
 
 def task_cells() -> Iterator[Cell]:
-    """Two more tasks, with answers of 17 and 39 tokens."""
+    """Two more tasks, with answers of 17 and 25 tokens."""
     for lag in (MAX_LAG, 0):
         for task in ("sorting", "scratchpad_addition"):
             for method in TASK_METHODS:
