@@ -122,7 +122,7 @@ TASKS: dict[str, Callable[[], StudyTask]] = {
     "scratchpad_addition": ScratchpadAddition,
 }
 
-SLIPS = {"running_sums": 0.1, "sorting": 0.1, "scratchpad_addition": 0.13}
+SLIPS = {"running_sums": 0.1, "sorting": 0.1, "scratchpad_addition": 0.11}
 """Probability a step that the teacher slips: one answer of five or six is right."""
 
 
