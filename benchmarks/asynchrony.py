@@ -9,7 +9,7 @@ The demo's model is so small that the loop costs as much as the learning. --hidd
 up for the same task; with --batches 2 an update follows on two batches of rollouts, one of which is trained on, where
 a batch of rollouts costs half an update.
 
-Usage: OMP_NUM_THREADS=1 python -m benchmarks.asynchrony [--updates 150] [--hidden 192 --layers 4 --batches 2]
+Usage: OMP_NUM_THREADS=1 python -m benchmarks.asynchrony [--updates 150] [--hidden 160 --layers 4 --batches 2]
 """
 
 import argparse
@@ -22,13 +22,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, median
 
-import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 from benchmarks.study.simulation import GROUP_SIZE, GROUPS_PER_UPDATE, Run, Simulation
-from benchmarks.study.tasks import TASKS, TOKENIZER
-from services.make_model import make_config, warm_up
+from services.make_model import make_model
 from tests.e2e.demo_process import demo_process
 
 RUN = Run(objective="stalewise", lr=4e-4, schedule="linear", seed=0)
@@ -37,17 +34,6 @@ WARM_UP = 20
 """Updates of each side that are not counted."""
 SUPERVISED_STEPS = 200
 """For a model that is made here: it has to be right now and then, or there is nothing to learn."""
-
-
-def make_model(directory: Path, *, hidden: int, layers: int) -> None:
-    """Write a model of another size that knows the running sums about as well as the demo's."""
-    torch.manual_seed(0)
-    config = make_config(TOKENIZER, hidden_size=hidden, num_layers=layers)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters, warming up", flush=True)
-    warm_up(model, TASKS[RUN.task](), steps=SUPERVISED_STEPS, rng=np.random.default_rng(0))
-    TOKENIZER.save_pretrained(directory)
-    model.save_pretrained(directory)
 
 
 def lock_step(updates: int, batches: int, models: Path, scratch: Path) -> tuple[float, float]:
@@ -133,7 +119,14 @@ def main() -> None:
         if arguments.hidden is None:
             shutil.copytree(DEMO_MODEL, models / f"{RUN.task}-0")
         else:
-            make_model(models / f"{RUN.task}-0", hidden=arguments.hidden, layers=arguments.layers)
+            accuracy = make_model(
+                models / f"{RUN.task}-0",
+                seed=0,
+                warmup_steps=SUPERVISED_STEPS,
+                hidden_size=arguments.hidden,
+                num_layers=arguments.layers,
+            )
+            print(f"made a model that is right in {accuracy:.1%} of its answers", flush=True)
         actor_s, learner_s = lock_step(updates, batches, models, scratch)
         both_s = actor_s + learner_s
         print(f"lock-step: rollouts {actor_s:.3f} s, an update {learner_s:.3f} s, together {both_s:.3f} s", flush=True)

@@ -11,8 +11,7 @@
   gpu        Qwen2.5-0.5B- and 1.5B-shaped random models in bfloat16: tokens/s, model FLOPs utilisation against the
              card's measured matrix rate, peak memory. Says so and ends where there is no CUDA.
 
-Usage: OMP_NUM_THREADS=1 python -m benchmarks.learner packing | step | logprobs | gpu
-       logprobs takes [--vocab 32768] [--tokens 2048] [--hidden 512] [--dtype float32]
+Usage: OMP_NUM_THREADS=1 python -m benchmarks.learner packing | step | logprobs [--vocab 32768] [--tokens 2048] | gpu
 """
 
 import argparse
@@ -21,7 +20,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -169,20 +167,20 @@ def one_step(name: str) -> None:
 
 def naive(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
     """Log-probs by full logits."""
-    return (hidden @ weight.to(hidden.dtype).T).float().log_softmax(-1).gather(-1, token_ids[:, None])[:, 0]
+    return (hidden @ weight.T).log_softmax(-1).gather(-1, token_ids[:, None])[:, 0]
 
 
 def chunked(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
     positions = torch.arange(len(token_ids))
     drawn = Targets(token_ids=token_ids, positions=positions, temperature=None, truncated=None, kept=None, shipped=None)
-    return scores(hidden, weight, None, drawn, frozenset(), HeadShape(dtype=hidden.dtype))[LOGPROBS]
+    return scores(hidden, weight, None, drawn, frozenset(), HeadShape())[LOGPROBS]
 
 
 def streamed(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
     """TRL's; imported here because it is a package of its own."""
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-    return ChunkedLogProbFunction.apply(hidden, weight.to(hidden.dtype), None, token_ids, 1.0, 8192, None, 1.0, ())[0]
+    return ChunkedLogProbFunction.apply(hidden, weight, None, token_ids, 1.0, 8192, None, 1.0, ())[0]
 
 
 WAYS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -192,27 +190,11 @@ WAYS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
-    """What log-probs are taken of."""
-
-    vocab: int
-    tokens: int
-    hidden: int
-    dtype: str
-    """Of hidden states and products; the matrix itself is float32, as masters are."""
-
-    def arguments(self) -> list[str]:
-        """Return it as the options of this script."""
-        return [part for name, value in asdict(self).items() for part in (f"--{name}", str(value))]
-
-
-def one_way(name: str, head: Head) -> None:
+def one_way(name: str, vocab: int, tokens: int) -> None:
     """Measure in this process: prints CPU seconds, peak MiB and the sum of the log-probs."""
     torch.manual_seed(0)
-    vocab, tokens, dtype = head.vocab, head.tokens, getattr(torch, head.dtype)
-    hidden = torch.randn(tokens, head.hidden).to(dtype).requires_grad_()
-    weight = torch.randn(vocab, head.hidden).mul_(0.05).requires_grad_()  # no copy: the peak would hide behind it
+    hidden = torch.randn(tokens, HIDDEN).requires_grad_()
+    weight = torch.randn(vocab, HIDDEN).mul_(0.05).requires_grad_()  # no copy: the peak would hide behind it
     ids = torch.randint(vocab, (tokens,))
     advantage = torch.randn(tokens)
     small = [tensor[:64].detach().clone().requires_grad_() for tensor in (hidden, weight)]  # the peak is that of below
@@ -227,13 +209,10 @@ def one_way(name: str, head: Head) -> None:
     print(f"{name} {spent_s:.2f} {peak_mib:.0f} {float(logprobs.detach().sum()):.3f} {float(weight.grad.norm()):.5g}")
 
 
-def logprobs(head: Head) -> None:
-    print(
-        f"{head.dtype}, hidden {head.hidden}, vocabulary {head.vocab}, {head.tokens} tokens:"
-        " CPU s, peak MiB, sum of log-probs, |dW|"
-    )
+def logprobs(vocab: int, tokens: int) -> None:
+    print(f"float32, hidden {HIDDEN}, vocabulary {vocab}, {tokens} tokens: CPU s, peak MiB, sum of log-probs, |dW|")
     for name in WAYS:
-        arguments = ["-m", "benchmarks.learner", "one", "--way", name, *head.arguments()]
+        arguments = ["-m", "benchmarks.learner", "one", "--way", name, "--vocab", str(vocab), "--tokens", str(tokens)]
         done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
         print(done.stdout.strip() or f"{name}: {done.stderr.strip().splitlines()[-1]}", flush=True)
 
@@ -281,17 +260,14 @@ def main() -> None:
     parser.add_argument("part", choices=["packing", "step", "logprobs", "gpu", "one", "one-step"])
     parser.add_argument("--vocab", type=int, default=32_768)
     parser.add_argument("--tokens", type=int, default=2_048)
-    parser.add_argument("--hidden", type=int, default=HIDDEN)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--way", choices=[*WAYS, *STEPS], default="chunked", help="what `one` and `one-step` run")
     arguments = parser.parse_args()
-    head = Head(arguments.vocab, arguments.tokens, arguments.hidden, arguments.dtype)
     torch.set_num_threads(1)
     match arguments.part:
         case "one":
-            one_way(arguments.way, head)
+            one_way(arguments.way, arguments.vocab, arguments.tokens)
         case "logprobs":
-            logprobs(head)
+            logprobs(arguments.vocab, arguments.tokens)
         case "packing":
             packing()
         case "step":

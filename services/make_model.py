@@ -56,10 +56,13 @@ class TaughtTask(Protocol):
         ...
 
 
-def make_model(out_dir: Path, *, seed: int, warmup_steps: int = WARMUP_STEPS) -> float:
+def make_model(
+    out_dir: Path, *, seed: int, warmup_steps: int = WARMUP_STEPS, hidden_size: int = 64, num_layers: int = 2
+) -> float:
     """Write a model directory that `from_pretrained` loads; return its accuracy on the held-out prompts.
 
-    The accuracy is exact match at temperature 1. Same seed, same machine, same weights. Takes about 0.1 s a step.
+    The accuracy is exact match at temperature 1. Same seed, same machine, same weights. Takes about 0.1 s a step
+    at the default size.
     Raises InvalidSettings when out_dir already holds a model.
     """
     if (out_dir / "config.json").exists():
@@ -70,7 +73,9 @@ def make_model(out_dir: Path, *, seed: int, warmup_steps: int = WARMUP_STEPS) ->
     tokenizer = make_tokenizer()
     task = RunningSums(tokenizer)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(make_config(tokenizer), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(
+        make_config(tokenizer, hidden_size=hidden_size, num_layers=num_layers), dtype=torch.float32
+    )
     warm_up(model, task, steps=warmup_steps, rng=np.random.default_rng(seed))
     model.save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)
