@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.study.tasks import SLIPS, TASKS, TOKENIZER
 from services.make_model import WARMUP_STEPS, make_config, warm_up
 
-STEPS = {"running_sums": WARMUP_STEPS, "sorting": 2 * WARMUP_STEPS, "scratchpad_addition": 2 * WARMUP_STEPS}
+STEPS = {"running_sums": WARMUP_STEPS, "sorting": 2 * WARMUP_STEPS, "scratchpad_addition": 2000}
 """Supervised steps: until the model is as good as its noisy teacher."""
 
 

@@ -31,7 +31,7 @@ BLOCK_VALUES: Final = 1 << 22
 """Values a block: few enough that its temporaries are small, enough that the tables of zstd do not count."""
 UNCHANGED, GAPS, MASK, RAW = range(4)
 _SCAN_VALUES: Final = 1 << 18  # compared at a time: the result of the comparison stays in the cache
-_SPARSE_ONE_IN: Final = 8  # below one change in 8 values gaps are as short as a mask, and raw never pays
+_SPARSE_ONE_IN: Final = 8  # up to one change in 8 values gaps are as short as a mask, and raw never pays
 _STORED, _ZSTD = range(2)
 _RECORD: Final = struct.Struct("<BI")
 _STREAM: Final = struct.Struct("<BII")
@@ -115,7 +115,7 @@ class Packer:
         self._zstd = zstandard.ZstdCompressor(level=1, write_content_size=True)
 
     def pack(self, change: Change | None) -> bytes:
-        """Return the shortest record of a change."""
+        """Return the record of a change: gaps of a sparse one, the shorter of mask and raw of a dense one."""
         if change is None:
             return _RECORD.pack(UNCHANGED, 0)
         if change.where is not None:
@@ -125,8 +125,7 @@ class Packer:
         changed = change.old != change.new
         count = int(np.count_nonzero(changed))
         planes = self._planes(change.old[changed], change.new[changed])
-        records = (
-            self._record(GAPS, count, [self._stream(_gaps(np.flatnonzero(changed))), *planes]),
+        records = (  # gaps would take half of the time, and are at best 4 % shorter than a mask
             self._record(MASK, count, [self._stream(np.packbits(changed, bitorder="little")), *planes]),
             self._record(RAW, change.size, [self._stream(change.new.view(np.uint8))]),
         )
