@@ -8,8 +8,9 @@
   logprobs   one fused head of the same model, forward and backward: full logits, ours by chunks, TRL's by chunks of the
              vocabulary if `pip install trl==1.16.0` was done. Each in a process of its own: CPU time of one thread
              after a small warm-up, and the peak of its memory above the inputs.
-  gpu        Qwen2.5-0.5B- and 1.5B-shaped random models in bfloat16: tokens/s, model FLOPs utilisation against the
-             card's measured matrix rate, peak memory. Says so and ends where there is no CUDA.
+  gpu        whole updates by `stalewise` of Qwen2.5-0.5B- and 1.5B-shaped random models in bfloat16, in 8 micro-batches
+             of 4 k and 16 k tokens: tokens/s, model FLOPs utilisation against the card's measured matrix rate, time
+             of each part, peak memory. Says so and ends where there is no CUDA.
 
 Usage: OMP_NUM_THREADS=1 python -m benchmarks.learner packing | step | logprobs [--vocab 32768] [--tokens 2048] | gpu
 """
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -30,13 +32,17 @@ from buffer.types import FinishReason, Group, Sample, SampleInfo, SamplingSettin
 from learner.attention import PACKED_ATTENTION
 from learner.collate import Batch, collate
 from learner.head import HeadShape, scores
+from learner.objectives.diagnostics import diagnose
+from learner.objectives.recipes import build_objective
 from learner.packing import pack
 from learner.policy import Policy
-from learner.scorer import Scorer
 from learner.scoring import LOGPROBS, Targets
-from learner.settings import ComputeSettings
+from learner.settings import ComputeSettings, LearnerSettings
+from learner.step import Trainer
 
 HIDDEN = 512
+MICRO_BATCHES, UPDATES = 8, 3
+"""Of an update, and how many are timed on a GPU."""
 QWEN: dict[str, dict[str, int]] = {
     "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
     "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
@@ -227,22 +233,48 @@ def gpu() -> None:
     rate = 2 * 8192**3 / matrix_s
     print(f"bfloat16 matrix products: {rate / 1e12:.0f} TFLOP/s")
     for name, shape in QWEN.items():
-        model = make_model(151_936, **shape).cuda().eval()
-        parameters = sum(parameter.numel() for parameter in model.parameters())
         for tokens in (4_096, 16_384):
-            compute = ComputeSettings(dtype="bfloat16", logits_chunk_tokens=2_048)
-            policy = Policy(model, micro_batch_tokens=tokens, compute=compute)
-            assert isinstance(policy.scorer, Scorer)
-            batch = make_batch([tokens // 8] * 8, 151_936)
             torch.cuda.reset_peak_memory_stats()
-            spent_s = _seconds(lambda policy=policy, batch=batch: run_packed(policy, batch), 5)
-            attention = 12 * shape["num_hidden_layers"] * shape["hidden_size"] * (tokens // 8) / 2
-            flops = tokens * (6 * parameters + attention)
-            print(
-                f"{name}, {tokens} tokens packed of 8 sequences: {tokens / spent_s:.0f} tokens/s, MFU "
-                f"{flops / spent_s / rate:.1%}, peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB (no optimiser)"
-            )
-            model.zero_grad()
+            model = make_model(151_936, **shape).cuda()
+            sentence = updates(model, tokens, matrix_flops=rate, synchronize=torch.cuda.synchronize)
+            print(f"{name}: {sentence}, peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB", flush=True)
+            del model
+
+
+def updates(
+    model: PreTrainedModel, micro_batch_tokens: int, *, matrix_flops: float, synchronize: Callable[[], None]
+) -> str:
+    """Say how fast whole updates in bfloat16 are, sequences of an eighth of a micro-batch.
+
+    The FLOPs of a model are 6 a parameter and token and those of attention; what is run again is not counted.
+    """
+
+    def now() -> float:
+        synchronize()
+        return time.perf_counter()
+
+    compute = ComputeSettings(dtype="bfloat16", logits_chunk_tokens=2_048)
+    trainer = Trainer(
+        policy=Policy(model, micro_batch_tokens=micro_batch_tokens, compute=compute),
+        objective=build_objective("stalewise", {}),
+        settings=LearnerSettings(compute=compute, micro_batch_tokens=micro_batch_tokens),
+        diagnose=diagnose,
+        now=now,
+    )
+    length = micro_batch_tokens // 8
+    config = model.config
+    batch = make_batch([length] * (8 * MICRO_BATCHES), config.vocab_size)
+    trainer.update(batch)
+    parts = [trainer.update(batch) for _ in range(UPDATES)]
+    times = {name: fmean(part[f"time/{name}_s"] for part in parts) for name in ("forward", "backward", "rest_of_step")}
+    update_s, tokens = sum(times.values()), MICRO_BATCHES * micro_batch_tokens
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    attention = 12 * config.num_hidden_layers * config.hidden_size * length / 2
+    utilisation = tokens * (6 * parameters + attention) / update_s / matrix_flops
+    return (
+        f"{MICRO_BATCHES} micro-batches of {micro_batch_tokens} tokens: {tokens / update_s:.0f} tokens/s, MFU "
+        f"{utilisation:.1%}, " + ", ".join(f"{name} {1e3 * spent_s:.0f} ms" for name, spent_s in times.items())
+    )
 
 
 def _seconds(run: Callable[[], object], repeats: int) -> float:

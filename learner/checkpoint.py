@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
@@ -46,7 +46,7 @@ class _State(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_number: int = 2
+    schema_number: Literal[2] = 2
     updates: int
     clock: int
     multipliers: dict[str, float]

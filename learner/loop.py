@@ -46,8 +46,12 @@ class Reporter(Protocol):
         """Take the metrics of one update, and the groups that it trained on."""
         ...
 
-    def waiting(self, progress: Progress, wait: Wait) -> None:
-        """Hear that the learner waits; the next `update` ends the wait."""
+    def waiting(self, progress: Progress, wait: Wait, counts: Mapping[str, float]) -> None:
+        """Hear that the learner waits, and what it has counted; the next `update` ends the wait."""
+        ...
+
+    def skipped(self, progress: Progress, counts: Mapping[str, float]) -> None:
+        """Hear that an update was skipped, and what the learner has counted."""
         ...
 
 
@@ -121,8 +125,9 @@ class LearnerLoop:
     def run(self) -> None:
         """Publish the weights at hand, train, and leave with everything published and saved.
 
-        Raises what sampling, an update or publishing raises. A service that stays away is preceded by a checkpoint;
-        after a failed update nothing is published or saved.
+        Raises what sampling, an update or publishing raises. A checkpoint goes before the end where the weights are
+        good: when the service stays away, or too many updates were skipped. After a failed update nothing is
+        published or saved.
         """
         try:
             self._publish()
@@ -130,8 +135,8 @@ class LearnerLoop:
             self._flush()
             self._publish()
             self._flush()
-        except (ServiceUnreachable, StoreUnavailable):
-            self._save()  # the weights are good: a service that is away must not cost the work since the last one
+        except (ServiceUnreachable, StoreUnavailable, TooManySkips):
+            self._save()  # the weights are good: what came between must not cost the work since the last one
             raise
         self._save()
         self._ranks.from_first(Order.END.value)
@@ -192,7 +197,8 @@ class LearnerLoop:
         stalled = waited_s >= self._settings.stall_s
         self._mishaps["stall/warnings_total"] += stalled
         log.log(logging.WARNING if stalled else logging.INFO, "%s (for %.0f s)", reason, waited_s)
-        self._reporter.waiting(self._trainer.progress, Wait(who="learner", since_s=waited_s, reason=reason))
+        wait = Wait(who="learner", since_s=waited_s, reason=reason)
+        self._reporter.waiting(self._trainer.progress, wait, self._counts())
 
     def _update(self, draw: Draw, *, waited_s: float) -> None:
         self._ranks.from_first(draw.batch)
@@ -222,7 +228,7 @@ class LearnerLoop:
         trained = trained_groups(
             draw.samples, self._trainer.log_ratios, clock=draw.clock, max_tokens=self._settings.report_tokens
         )
-        self._reporter.update(self._trainer.progress, {**metrics, **self._dropped, **self._mishaps, **times}, trained)
+        self._reporter.update(self._trainer.progress, {**metrics, **self._counts(), **times}, trained)
         self._report_s = self._now() - reporting_s
 
     def _skip(self, error: StalewiseError) -> None:
@@ -230,11 +236,15 @@ class LearnerLoop:
         self._mishaps[f"skipped/{SKIPPED[type(error)]}_updates_total"] += 1
         self._skipped_in_a_row += 1
         log.warning("update %d is skipped: %s", self._trainer.progress.updates, error)
+        self._reporter.skipped(self._trainer.progress, self._counts())
         if self._skipped_in_a_row >= self._settings.max_skipped_updates:
             raise TooManySkips(
                 f"{self._skipped_in_a_row} updates in a row were skipped, the last one because {error.detail}",
-                hint=error.hint or "resume from the checkpoint before with a lower learner.optimizer.lr",
+                hint=error.hint or "resume with a lower learner.optimizer.lr",
             ) from error
+
+    def _counts(self) -> dict[str, float]:
+        return {**self._dropped, **self._mishaps}
 
     def _publish(self) -> None:
         """Begin to publish the weights at hand. While an earlier version is on its way they wait for the next turn."""

@@ -19,7 +19,7 @@ from learner.attention import PACKED_ATTENTION
 from learner.collate import Batch
 from learner.errors import CorruptCheckpoint
 from learner.packing import join, pack
-from learner.scorer import Scorer, attention_name, check_scores, prepare_layers
+from learner.scorer import Scorer, attention_name, check_scores, compile_layers, prepare_layers
 from learner.scoring import CHOSEN_LOGIT, DIFFERENTIABLE, LOGPROBS, targets
 from learner.settings import ComputeSettings
 from learner.tokens import DIVERGENCES, Column
@@ -96,6 +96,8 @@ class Policy:
     def frozen_copy(self) -> "Policy":
         """Return a copy without gradients: a reference."""
         model = copy.deepcopy(self.model).requires_grad_(False)
+        if self.compute.compile:  # a copy of a module has no compiled call
+            compile_layers(model)
         return Policy(model, micro_batch_tokens=self.micro_batch_tokens, compute=self.compute)
 
     def weights(self) -> dict[str, Tensor]:

@@ -103,22 +103,42 @@ def attention_name(compute: ComputeSettings) -> str:
 
 def prepare_layers(model: PreTrainedModel, compute: ComputeSettings) -> None:
     """Make each layer of the model drop its activations, or compile it, as the settings say. Raises InvalidSettings."""
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = _layers(model)
     if not layers and (compute.activation_checkpointing or compute.compile):
         raise InvalidSettings(
             f"{type(model).__name__} names no layers, which activation_checkpointing and compile work on",
             hint="leave learner.compute.activation_checkpointing and learner.compute.compile out",
         )
-    for layer in layers:
-        if compute.activation_checkpointing:  # transformers' own switch works in training mode alone
+    if compute.activation_checkpointing:
+        for layer in layers:  # transformers' own switch works in training mode alone
             layer.forward = partial(_recomputed, layer.forward)
-        if compute.compile:
-            layer.compile(dynamic=True)
+    if compute.compile:
+        compile_layers(model)
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compile each layer in place, for sequences of any length."""
+    for layer in _layers(model):
+        layer.compile(dynamic=True)
+
+
+def _layers(model: PreTrainedModel) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 @torch.no_grad()
 def check_scores(model: PreTrainedModel) -> None:
-    """Raise InvalidSettings unless two packed sequences score as they do alone through transformers' own forward."""
+    """Raise InvalidSettings unless two packed sequences score as they do alone through transformers' own forward.
+
+    They are run in float32 by our own attention, whatever the settings choose afterwards.
+    """
+    config = model.config.get_text_config()
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):  # two short sequences would not show it
+        raise InvalidSettings(
+            f"{type(model).__name__} cannot be trained: its attention looks at chunks of "
+            f"{config.attention_chunk_size} tokens, which packed attention does not know",
+            hint="train a model of full or sliding-window attention",
+        )
     vocab_size = int(model.get_input_embeddings().num_embeddings)
     token_ids = torch.arange(1, 13) * 7919 % vocab_size
     lengths = [7, 5]

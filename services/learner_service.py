@@ -87,9 +87,15 @@ class ServiceReporter:
             log.info("%s", acceptance_sentence(metrics))
         self._post(progress, None, trained)
 
-    def waiting(self, progress: Progress, wait: Wait) -> None:
+    def waiting(self, progress: Progress, wait: Wait, counts: Mapping[str, float]) -> None:
         """See learner.loop.Reporter."""
+        self._last = {**self._last, **counts}
         self._post(progress, wait, ())
+
+    def skipped(self, progress: Progress, counts: Mapping[str, float]) -> None:
+        """See learner.loop.Reporter."""
+        self._last = {**self._last, **counts}
+        self._post(progress, None, ())
 
     def _post(self, progress: Progress, wait: Wait | None, trained: Sequence[TrainedGroup]) -> None:
         finite = {name: value for name, value in self._last.items() if math.isfinite(value)}  # JSON has no others

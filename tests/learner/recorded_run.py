@@ -55,8 +55,11 @@ class _Pausing:
             sys.stdout.flush()
             threading.Event().wait()
 
-    def waiting(self, progress: Progress, wait: Wait) -> None:
+    def waiting(self, progress: Progress, wait: Wait, counts: Mapping[str, float]) -> None:
         """A recording makes nobody wait."""
+
+    def skipped(self, progress: Progress, counts: Mapping[str, float]) -> None:
+        raise AssertionError("no batch of a recording is bad")
 
 
 def train_recorded(model_dir: Path, run_dir: Path, *, pause_at: int | None = None) -> Trainer:

@@ -88,6 +88,15 @@ def test_a_damaged_checkpoint_is_named(model_dir: Path, tmp_path: Path, name: st
         checkpoints.restore(saved, trainer)
 
 
+def test_a_checkpoint_of_another_schema_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    trainer, checkpoints = make_trainer(model_dir), _checkpoints(tmp_path)
+    state = checkpoints.save(trainer) / "state.json"
+    state.write_text(state.read_text().replace('"schema_number": 2', '"schema_number": 1'))
+
+    with pytest.raises(CorruptCheckpoint, match=r"cannot be read.*should be 2"):
+        checkpoints.restore(state.parent, trainer)
+
+
 def test_a_checkpoint_of_another_model_or_objective_is_refused(model_dir: Path, tmp_path: Path) -> None:
     checkpoints = _checkpoints(tmp_path)
     saved = checkpoints.save(make_trainer(model_dir, objective="grpo"))

@@ -22,6 +22,7 @@ from learner.objectives.diagnostics import diagnose
 from learner.objectives.recipes import build_objective
 from learner.policy import Policy
 from learner.scoring import available_divergences
+from learner.settings import ComputeSettings
 from learner.snapshot import take_snapshot
 from learner.step import Trainer
 from learner.tokens import DIVERGENCES, Column
@@ -196,6 +197,20 @@ def test_the_gate_of_exact_trm_reads_what_the_actor_shipped(model_dir: Path, mov
 
 def updated(trainer: Trainer, trajectories: Sequence[Trajectory]) -> dict[str, float]:
     return trainer.update(collate([as_sample(make_group(trajectories=trajectories))], clock=1))
+
+
+def test_divergences_do_not_depend_on_the_chunks(
+    moved_dir: Path, group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("learner.head._SMALLEST_CHUNK_LOGITS", 1)
+    batch = collate([as_sample(group)], clock=0)
+    whole = columns(make_policy(moved_dir), batch, DIVERGENCES)
+
+    by_chunks = columns(make_policy(moved_dir, compute=ComputeSettings(logits_chunk_tokens=2)), batch, DIVERGENCES)
+
+    assert whole.keys() == by_chunks.keys() == DIVERGENCES
+    for name, values in whole.items():
+        torch.testing.assert_close(by_chunks[name], values, atol=1e-5, rtol=1e-5)
 
 
 def test_an_update_reports_exact_bounds_with_shipped_distributions_and_estimates_without(

@@ -37,6 +37,8 @@ class _Reporter:
     updates: list[tuple[Progress, Mapping[str, float]]] = field(default_factory=list)
     waits: list[Wait] = field(default_factory=list)
     trained: list[TrainedGroup] = field(default_factory=list)
+    counts: Mapping[str, float] = field(default_factory=dict)
+    """The last that came with a wait or a skipped update."""
 
     def update(self, progress: Progress, metrics: Mapping[str, float], trained: Sequence[TrainedGroup]) -> None:
         self.updates.append((progress, metrics))
@@ -44,10 +46,14 @@ class _Reporter:
         if len(self.updates) >= self.stop_after:
             self.stop.set()
 
-    def waiting(self, progress: Progress, wait: Wait) -> None:
+    def waiting(self, progress: Progress, wait: Wait, counts: Mapping[str, float]) -> None:
         self.waits.append(wait)
+        self.counts = counts
         if self.stop_at_wait:
             self.stop.set()
+
+    def skipped(self, progress: Progress, counts: Mapping[str, float]) -> None:
+        self.counts = counts
 
 
 class LoopRig:
@@ -159,6 +165,19 @@ def test_a_learner_without_data_says_what_it_waits_for_and_stops_when_told(model
     assert "a batch of 2 groups" in wait.reason
     assert "0 groups stored" in wait.reason
     assert rig.checkpoints.newest() == tmp_path / "update-00000000"
+
+
+def test_a_wait_longer_than_stall_s_is_a_warning_and_is_counted(
+    model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig = LoopRig(model_dir, tmp_path, settings=loop_settings(stall_s=1.0))
+    rig.reporter.stop_at_wait = True
+
+    rig.loop().run()
+
+    assert rig.reporter.counts == {"stall/warnings_total": 1}
+    (warning,) = (record for record in caplog.records if record.levelname == "WARNING")
+    assert "0 groups stored" in warning.getMessage()
 
 
 def test_a_stop_finishes_the_step_publishes_and_saves(model_dir: Path, tmp_path: Path) -> None:

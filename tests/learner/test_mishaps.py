@@ -12,7 +12,7 @@ from learner.errors import GradientSpike, TooManySkips
 from learner.objectives.objective import Loss
 from learner.step import Progress, Trainer
 from learner.tokens import Column, NonFiniteTokens, Tokens
-from tests.factories import make_group
+from tests.factories import make_group, make_trajectory
 from tests.learner.builders import make_trainer, plain_samples
 from tests.learner.test_loop import LoopRig, loop_settings
 
@@ -127,6 +127,48 @@ def test_a_bad_batch_is_skipped_counted_and_said_and_costs_no_version(
     assert caplog.text.count("update 1 is skipped: update 1: the gradient of") == 2
 
 
+def test_a_loss_that_is_not_finite_is_skipped_and_counted_before_anything_was_trained(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    rig = LoopRig(model_dir, tmp_path, settings=loop_settings(max_skipped_updates=2))
+    rig.trainer = make_trainer(model_dir, objective="reval")
+    rig.table.advance_version(0)
+    huge = [make_trajectory(f"t{reward:g}".replace("+", ""), reward=reward) for reward in (0.0, 1e18)]
+    rig.insert(*(make_group(name, trajectories=huge) for name in "ab"))  # allowed, but its square is no float32
+
+    with pytest.raises(TooManySkips, match=r"the last one because the loss of reval is not finite \(bellman inf\)"):
+        rig.loop().run()
+
+    assert rig.reporter.updates == []
+    assert rig.reporter.counts == {"skipped/non_finite_loss_updates_total": 2}
+
+
+class _Growing(_Scaled):
+    """A thousand times as steep at one call as at all others."""
+
+    def __init__(self, steep_call: int) -> None:
+        self._steep_call = steep_call
+        self._calls = 0
+
+    def __call__(self, tokens: Tokens, multipliers: Mapping[str, float]) -> Loss:
+        self.scale = 1000.0 if self._calls == self._steep_call else 1.0
+        self._calls += 1
+        return super().__call__(tokens, multipliers)
+
+
+def test_a_gradient_spike_is_skipped_and_counted_and_the_run_goes_on(model_dir: Path, tmp_path: Path) -> None:
+    rig = LoopRig(model_dir, tmp_path, settings=loop_settings(total_updates=18, checkpoint_every=100))
+    rig.trainer = make_trainer(model_dir, objective=_Growing(16), lr=1e-4)
+    rig.table.advance_version(0)
+    rig.insert(*(make_group(f"g{number}") for number in range(20)))
+
+    rig.loop().run()
+
+    assert rig.trainer.progress == Progress(18, 18)
+    counted = [metrics.get("skipped/gradient_spike_updates_total", 0) for _, metrics in rig.reporter.updates]
+    assert counted == [0] * 16 + [1, 1]
+
+
 def test_too_many_bad_batches_in_a_row_stop_the_run_with_a_sentence(model_dir: Path, tmp_path: Path) -> None:
     rig = LoopRig(model_dir, tmp_path, settings=loop_settings(total_updates=9, max_skipped_updates=3))
     rig.trainer = make_trainer(model_dir, objective=_Sometimes({0, 1, 3, 4, 5}))
@@ -137,3 +179,5 @@ def test_too_many_bad_batches_in_a_row_stop_the_run_with_a_sentence(model_dir: P
         rig.loop().run()
 
     assert rig.trainer.progress == Progress(1, 1)
+    assert rig.reporter.counts == {"skipped/non_finite_gradient_updates_total": 5}  # also those after the last update
+    assert rig.checkpoints.newest() == tmp_path / "update-00000001"  # the weights are good

@@ -14,6 +14,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GraniteConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
@@ -28,7 +29,7 @@ from learner.policy import Policy
 from learner.settings import ComputeSettings
 from learner.tokens import Column
 from tests.factories import make_group, make_trajectory
-from tests.learner.builders import VOCAB, as_sample, make_policy, mixed_samples
+from tests.learner.builders import VOCAB, as_sample, make_policy, make_trainer, mixed_samples, plain_samples
 
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -58,6 +59,12 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     ),
 }
 WANTED = frozenset({Column.UNIT_LOGPROBS, Column.LOGSUMEXP, Column.FIRST_LOGIT})
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let chunks be as small as the settings say: those of a vocabulary of 24 would hold every token."""
+    monkeypatch.setattr("learner.head._SMALLEST_CHUNK_LOGITS", 1)
 
 
 def _save(config: PreTrainedConfig, directory: Path) -> Path:
@@ -96,10 +103,14 @@ def _of_transformers(model_dir: Path, batch: Batch) -> tuple[dict[str, Tensor], 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_scores_and_gradients_are_those_of_plain_forwards(family: str, tmp_path: Path) -> None:
+def test_packed_scores_and_gradients_are_those_of_plain_forwards(
+    family: str, small_chunks: None, tmp_path: Path
+) -> None:
     model_dir, batch = _save(FAMILIES[family], tmp_path), _batch()
     theirs, model = _of_transformers(model_dir, batch)
-    policy = make_policy(model_dir, micro_batch_tokens=20)  # several micro-batches, most with several sequences
+    chunks_of_3 = ComputeSettings(logits_chunk_tokens=3)
+    # several micro-batches, most with several sequences and several chunks of logits
+    policy = make_policy(model_dir, micro_batch_tokens=20, compute=chunks_of_3)
 
     forward = policy.forward(batch, WANTED)
 
@@ -134,6 +145,14 @@ def test_a_model_that_cannot_be_packed_is_refused_with_a_sentence(config: PreTra
         make_policy(_save(config, tmp_path))
 
 
+def test_attention_by_chunks_is_refused_though_short_sequences_do_not_show_it(tmp_path: Path) -> None:
+    config = Llama4TextConfig(
+        **SHAPE, intermediate_size_mlp=32, num_local_experts=2, num_experts_per_tok=1, attention_chunk_size=16
+    )
+    with pytest.raises(InvalidSettings, match="looks at chunks of 16 tokens"):
+        make_policy(_save(config, tmp_path))
+
+
 def _gradients(policy: Policy, batch: Batch) -> list[Tensor]:
     forward = policy.forward(batch, WANTED)
     policy.backward(batch, forward, (forward.scores.logprobs * torch.linspace(-1, 1, batch.mask.shape[1])).sum())
@@ -141,7 +160,9 @@ def _gradients(policy: Policy, batch: Batch) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("settings", [{"activation_checkpointing": True}, {"logits_chunk_tokens": 1}])
-def test_checkpointing_and_chunks_change_no_gradient(model_dir: Path, settings: dict[str, Any]) -> None:
+def test_checkpointing_and_chunks_change_no_gradient(
+    model_dir: Path, small_chunks: None, settings: dict[str, Any]
+) -> None:
     batch = _batch()
     plain = _gradients(make_policy(model_dir), batch)
     other = _gradients(make_policy(model_dir, compute=ComputeSettings(**settings)), batch)
@@ -174,6 +195,22 @@ def test_bfloat16_keeps_weights_and_gradients_in_float32_and_comes_close(model_d
     assert rounded.dtype == torch.float32
     assert 1e-4 < float(apart.max()) < 0.5
     assert {tensor.dtype for tensor in (*policy.weights().values(), *_gradients(policy, batch))} == {torch.float32}
+
+
+@pytest.mark.parametrize("family", ["qwen2, tied", "gemma2, caps and window"])
+def test_bfloat16_updates_keep_weights_and_moments_in_float32_and_go_the_same_way(family: str, tmp_path: Path) -> None:
+    model_dir, moved = _save(FAMILIES[family], tmp_path), []
+    for dtype in ("float32", "bfloat16"):
+        trainer = make_trainer(model_dir, objective="stalewise", compute=ComputeSettings(dtype=dtype))
+        before = torch.cat([weight.flatten().clone() for weight in trainer.policy.weights().values()])
+        for seed in range(3):
+            trainer.update(collate(plain_samples(seed), clock=seed))
+        after = [weight.flatten() for weight in trainer.policy.weights().values()]
+        moments = [value for state in trainer.optimizer.state.values() for value in state.values()]
+        assert {tensor.dtype for tensor in (*after, *moments)} == {torch.float32}
+        moved.append(torch.cat(after) - before)
+
+    assert torch.cosine_similarity(moved[0], moved[1], dim=0) > 0.95
 
 
 def test_flash_attention_that_is_not_installed_is_one_sentence(model_dir: Path) -> None:
