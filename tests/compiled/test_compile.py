@@ -16,7 +16,7 @@ from learner.settings import ComputeSettings
 from learner.step import Trainer
 from tests.distributed.launch import on_two_ranks
 from tests.distributed.run import train
-from tests.learner.builders import make_trainer, mixed_samples, plain_samples, save_tiny_model
+from tests.learner.builders import make_policy, make_trainer, mixed_samples, plain_samples, save_tiny_model
 
 BATCHES = (plain_samples(0), mixed_samples())
 """Unequal shapes, several micro-batches, tool tokens, truncated sampling."""
@@ -59,6 +59,18 @@ def test_compiled_layers_give_the_losses_and_gradients_of_plain_ones(tmp_path: P
         assert gradients_compiled.keys() == gradients.keys()
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradients_compiled[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore")
+def test_the_reference_of_a_compiled_policy_runs_compiled(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    reference = make_policy(tmp_path, compute=ComputeSettings(compile=True)).frozen_copy()
+    graphs_before = counters["stats"]["unique_graphs"]
+
+    reference.forward(collate(mixed_samples(), clock=3), frozenset())
+
+    assert counters["stats"]["unique_graphs"] > graphs_before
 
 
 @pytest.mark.timeout(900)

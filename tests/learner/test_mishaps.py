@@ -133,7 +133,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_counted_before_anything_was_tr
     rig = LoopRig(model_dir, tmp_path, settings=loop_settings(max_skipped_updates=2))
     rig.trainer = make_trainer(model_dir, objective="reval")
     rig.table.advance_version(0)
-    huge = [make_trajectory(f"t{reward:g}".replace("+", ""), reward=reward) for reward in (0.0, 1e18)]
+    huge = [make_trajectory(name, reward=reward) for name, reward in (("usual", 0.0), ("huge", 1e18))]
     rig.insert(*(make_group(name, trajectories=huge) for name in "ab"))  # allowed, but its square is no float32
 
     with pytest.raises(TooManySkips, match=r"the last one because the loss of reval is not finite \(bellman inf\)"):

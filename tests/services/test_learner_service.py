@@ -22,6 +22,7 @@ from buffer.evaluations import EvaluationClaim
 from buffer.evaluations_client import HttpEvaluations
 from buffer.fingerprint import model_fingerprint
 from buffer.rate_limiter import RateLimiterSettings
+from buffer.table import Wait
 from learner.collate import collate
 from learner.distributed import ALONE, Ranks
 from learner.run_log import RunLog
@@ -180,6 +181,23 @@ def test_every_tenth_update_logs_the_thresholds_to_choose_from(
     p50, p70, p90 = (f"{metrics[f'trust_region/max_k2_nats_p{percent}_estimate']:.3g}" for percent in (50, 70, 90))
     assert len(shown) == 1
     assert f"keep 50 / 70 / 90 % of the sequences: max_k2_nats_estimate {p50} / {p70} / {p90}, mean_k3" in shown[0]
+
+
+def test_what_is_counted_between_updates_is_on_the_dashboard_at_once(tmp_path: Path) -> None:
+    run_log = RunLog(tmp_path, run_name="run", wandb_project=None, updates_done=0)
+    skipped = {"skipped/gradient_spike_updates_total": 2.0}
+    stalled = {**skipped, "stall/warnings_total": 1.0}
+    with serving(make_context(tmp_path / "service")) as url:
+        client = ServiceClient(url, settings=NO_RETRY)
+        with closing(run_log), closing(client):
+            with ThreadPoolExecutor(1) as executor:
+                reporter = ServiceReporter(run_log, client, executor, total_updates=10)
+                reporter.skipped(Progress(3, 3), skipped)
+            assert client.stats()["learner"]["metrics"] == skipped
+            with ThreadPoolExecutor(1) as executor:
+                reporter = ServiceReporter(run_log, client, executor, total_updates=10)
+                reporter.waiting(Progress(3, 3), Wait(who="learner", since_s=9.0, reason="no data"), stalled)
+            assert client.stats()["learner"]["metrics"] == stalled
 
 
 def test_reports_that_a_service_does_not_answer_are_counted_and_never_pile_up(model_dir: Path, tmp_path: Path) -> None:
