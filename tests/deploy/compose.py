@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -24,9 +25,15 @@ REPOSITORY = Path(__file__).parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((REPOSITORY / "docker-compose.yml").read_text())
 
 
-def defaults(text: str) -> str:
-    """Return a text of the file with ${NAME:-default} resolved, the variables unset."""
-    return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)
+def resolved(text: str, variables: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Return a text of the file with ${NAME:-default} resolved."""
+    return re.sub(r"\$\{(\w+):-([^}]*)\}", lambda found: variables.get(found[1], found[2]), text)
+
+
+def variables(env_file: str) -> dict[str, str]:
+    """Return what `docker compose --env-file` reads."""
+    lines = (REPOSITORY / env_file).read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines if not line.startswith("#"))
 
 
 def profile(name: str) -> dict[str, Any]:
@@ -94,7 +101,7 @@ class Machine:
         return home
 
     def _placed(self, text: str) -> str:
-        text = defaults(text)
+        text = resolved(text)
         for there, here in {
             "redis:6379": f"127.0.0.1:{self.redis_port}",
             "service:8642": f"127.0.0.1:{self.service_port}",

@@ -15,7 +15,7 @@ from buffer.errors import Forbidden
 from buffer.redis_memory import most_memory_bytes
 from buffer.table import TableSettings
 from services.settings import load_config
-from tests.deploy.compose import COMPOSE, REPOSITORY, defaults, machine, profile
+from tests.deploy.compose import COMPOSE, REPOSITORY, machine, profile, resolved, variables
 
 PROFILES = ("cpu", "gpu", "monitoring")
 
@@ -44,12 +44,23 @@ def test_the_commands_of_the_cpu_profile_train_and_every_health_check_passes(tmp
     assert "checkpoint" in engine.log("learner")
 
 
-def test_the_cpu_profile_is_the_default_and_consists_of_the_four_roles() -> None:
-    default = dict(
-        line.split("=") for line in (REPOSITORY / ".env").read_text().splitlines() if "=" in line and "#" not in line
-    )
+@pytest.mark.parametrize(
+    ("env_file", "roles", "run"),
+    [(".env", {"learner", "actor"}, "demo"), ("docker/gpu.env", {"learner-gpu", "actor-gpu"}, "gpu")],
+)
+def test_the_roles_that_an_env_file_starts_are_four_and_read_one_recipe(
+    env_file: str, roles: set[str], run: str
+) -> None:
+    given = variables(env_file)
+    services = profile(given["COMPOSE_PROFILES"])
+    commands = {name: resolved(" ".join(service["command"]), given) for name, service in services.items()}
+    recipes = {name: found[1] for name, text in commands.items() if (found := re.search(r"--config (\S+)", text))}
 
-    assert set(profile(default["COMPOSE_PROFILES"])) == {"tokens", "redis", "service", "learner", "actor"}
+    assert set(services) == {"tokens", "redis", "service", *roles}
+    assert set(recipes) == {"service", *roles}
+    (recipe,) = set(recipes.values())
+    assert load_config(REPOSITORY / recipe, environment={}).run.name == run
+    assert all("./recipes:/app/recipes:ro" in services[name]["volumes"] for name in recipes)
 
 
 def test_redis_may_take_what_a_table_of_the_default_size_takes_at_most() -> None:
@@ -73,8 +84,8 @@ def test_every_setting_of_the_file_exists_and_redis_promises_what_the_service_is
     (tmp_path / "token").write_text("a-token-of-the-test\n")
     for name, service in COMPOSE["services"].items():
         given = service.get("environment", {})
-        environment = {k: str(tmp_path / "token") if k.endswith("_FILE") else defaults(v) for k, v in given.items()}
-        recipe = re.search(r"recipes/\w+\.toml", defaults(" ".join(service.get("command", []))))
+        environment = {k: str(tmp_path / "token") if k.endswith("_FILE") else resolved(v) for k, v in given.items()}
+        recipe = re.search(r"recipes/\w+\.toml", resolved(" ".join(service.get("command", []))))
 
         config = load_config(REPOSITORY / recipe[0] if recipe else None, environment=environment)
 

@@ -7,7 +7,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.deploy.compose import COMPOSE, REPOSITORY
+from tests.deploy.compose import COMPOSE, REPOSITORY, resolved, variables
 
 KUBERNETES = REPOSITORY / "deploy/kubernetes"
 API_VERSION = "1.30"
@@ -30,14 +30,14 @@ def base() -> dict[tuple[str, str], Resource]:
 
 
 def patched(resource: Resource, patch: Resource) -> Resource:
-    """Merge as kustomize does: records by field, containers by name, other lists whole."""
+    """Merge as kustomize does: records by field, containers and their environment by name, other lists whole."""
     merged = dict(resource)
     for key, value in patch.items():
         if isinstance(value, dict):
             merged[key] = patched(resource.get(key, {}), value)
-        elif key == "containers":
-            by_name = {container["name"]: container for container in resource[key]}
-            merged[key] = [patched(by_name[container["name"]], container) for container in value]
+        elif key in ("containers", "env"):
+            by_name = {entry["name"]: entry for entry in resource.get(key, [])}
+            merged[key] = list((by_name | {e["name"]: patched(by_name.get(e["name"], {}), e) for e in value}).values())
         else:
             merged[key] = value
     return merged
@@ -58,19 +58,30 @@ def test_every_resource_fits_the_schema_of_its_kind(resources: dict[tuple[str, s
         kubernetes_validate.validate(resource, API_VERSION, strict=True)
 
 
-def test_the_roles_run_the_commands_of_compose() -> None:
-    containers = {
+def containers(resources: dict[tuple[str, str], Resource]) -> dict[str, Resource]:
+    return {
         container["name"]: container
-        for (kind, _), resource in base().items()
+        for (kind, _), resource in resources.items()
         if kind in ("Deployment", "StatefulSet")
         for container in resource["spec"]["template"]["spec"]["containers"]
     }
 
-    assert set(containers) == {"redis", "service", "learner", "actor"}
-    for name, container in containers.items():
-        assert container["args"] == COMPOSE["services"][name]["command"]
-        given = {entry["name"]: entry["value"] for entry in container.get("env", [])}
-        assert given.items() <= COMPOSE["services"][name].get("environment", {}).items()
+
+@pytest.mark.parametrize(
+    ("resources", "env_file", "suffix"),
+    [(base(), ".env", ""), (gpu(), "docker/gpu.env", "-gpu")],
+    ids=["base", "gpu"],
+)
+def test_the_roles_run_the_commands_of_compose(
+    resources: dict[tuple[str, str], Resource], env_file: str, suffix: str
+) -> None:
+    assert set(containers(resources)) == {"redis", "service", "learner", "actor"}
+    for name, container in containers(resources).items():
+        counterpart = COMPOSE["services"].get(name + suffix) or COMPOSE["services"][name]
+        assert container["args"] == [resolved(part, variables(env_file)) for part in counterpart["command"]]
+        model = {"HF_HUB_OFFLINE", "HF_HOME"}  # compose mounts the user's cache
+        given = {entry["name"]: entry["value"] for entry in container.get("env", []) if entry["name"] not in model}
+        assert given.items() <= counterpart.get("environment", {}).items()
 
 
 @pytest.mark.parametrize("resources", [base(), gpu()], ids=["base", "gpu"])
