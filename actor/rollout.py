@@ -29,7 +29,7 @@ class Rollouts:
         A group with an aborted member is left out: the rewards of the others would be compared with too few.
         """
         settings = self._settings
-        prompts = [self._task.sample(self._rng, Split.TRAIN) for _ in range(settings.groups_per_batch)]
+        prompts = [self._task.sample(self._rng) for _ in range(settings.groups_per_batch)]
         requests = [
             GenerationRequest(
                 prompt_ids=prompt.token_ids, sampling=settings.sampling, max_new_tokens=settings.max_new_tokens

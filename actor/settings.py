@@ -14,7 +14,8 @@ class TaskSettings(Settings):
     """Where prompts and rewards come from."""
 
     name: str = "running_sums"
-    """`running_sums`, or any task of the reasoning-gym package by its name, such as `countdown`."""
+    """`running_sums`, any task of the reasoning-gym package by its name, such as `countdown`, or one of yours as
+    `module:class`: installed, or a file in the working directory of the actor. The module's code is run."""
     options: dict[str, JsonValue] = Field(default_factory=dict)
     """Keyword arguments of the task, such as {num_digits = 16} or a reasoning-gym configuration."""
 
@@ -70,7 +71,7 @@ class ActorSettings(Settings):
     """What one actor generates, and how long it bears with an absent service."""
 
     engine: EngineName = "torch"
-    """`torch` samples on one CPU thread; `vllm` needs the environment that `make setup-vllm` builds."""
+    """`torch` samples on one CPU thread; `vllm` needs vLLM in the actor's environment (docs/vllm.md)."""
     vllm: VllmSettings = VllmSettings()
     """How vLLM runs; unused by the torch engine."""
     task: TaskSettings = TaskSettings()

@@ -4,9 +4,13 @@ Both work on token ids through the model's own tokenizer, so that a task never a
 """
 
 import difflib
+import importlib
+import inspect
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +19,6 @@ from transformers import PreTrainedTokenizerBase
 
 from actor.settings import TaskSettings
 from buffer.errors import InvalidSettings
-from buffer.types import Split
 
 HELD_OUT_PROMPTS = 512
 """Size of the fixed evaluation set: a standard error of 2 points or less on an accuracy."""
@@ -35,11 +38,12 @@ class Prompt:
     """What the verifier needs; opaque to everyone but the task."""
 
 
+@runtime_checkable
 class Task(Protocol):
-    """A source of prompts with a verifier. Train and held-out prompts are disjoint."""
+    """A source of prompts with a verifier. What is trained on is never a held-out prompt."""
 
-    def sample(self, rng: np.random.Generator, split: Split) -> Prompt:
-        """Draw one prompt of a split."""
+    def sample(self, rng: np.random.Generator) -> Prompt:
+        """Draw one prompt to train on."""
         ...
 
     def held_out(self) -> list[Prompt]:
@@ -70,10 +74,8 @@ class RunningSums:
         self._held_out = self._draw_held_out()
         self._held_out_ids = frozenset(prompt.prompt_id for prompt in self._held_out)
 
-    def sample(self, rng: np.random.Generator, split: Split) -> Prompt:
-        """See Task. A train draw that hits a held-out prompt is drawn again: the splits cannot meet."""
-        if split is Split.EVAL:
-            return self._held_out[int(rng.integers(len(self._held_out)))]
+    def sample(self, rng: np.random.Generator) -> Prompt:
+        """See Task. A draw that hits a held-out prompt is drawn again."""
         while True:
             prompt = self._prompt(rng.integers(0, 10, self._num_digits))
             if prompt.prompt_id not in self._held_out_ids:
@@ -151,10 +153,8 @@ class ReasoningGym:
         self._prompt(0)  # a tokenizer that cannot express the task is refused here
         self._held_out_questions = frozenset(self._dataset[index]["question"] for index in range(HELD_OUT_PROMPTS))
 
-    def sample(self, rng: np.random.Generator, split: Split) -> Prompt:
+    def sample(self, rng: np.random.Generator) -> Prompt:
         """See Task. Raises InvalidSettings when the task has no question beyond the held-out ones."""
-        if split is Split.EVAL:
-            return self._prompt(int(rng.integers(HELD_OUT_PROMPTS)))
         for _ in range(1000):  # another index may hold the question of a held-out one
             index = int(rng.integers(HELD_OUT_PROMPTS, len(self._dataset)))
             if self._dataset[index]["question"] not in self._held_out_questions:
@@ -188,6 +188,8 @@ class ReasoningGym:
 
 def make_task(settings: TaskSettings, tokenizer: PreTrainedTokenizerBase) -> Task:
     """Return the task that the settings name. Raises InvalidSettings with the nearest names."""
+    if ":" in settings.name:
+        return _imported(settings.name, tokenizer, settings.options)
     if settings.name != "running_sums":
         return ReasoningGym(settings.name, tokenizer, settings.options)
     num_digits = settings.options.get("num_digits", 16)
@@ -197,6 +199,31 @@ def make_task(settings: TaskSettings, tokenizer: PreTrainedTokenizerBase) -> Tas
             hint="its only option is the integer num_digits",
         )
     return RunningSums(tokenizer, num_digits=num_digits)
+
+
+def _imported(name: str, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, JsonValue]) -> Task:
+    """Return the task that `module:callable` makes of the tokenizer and the options; what it raises itself passes."""
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last, so that no file there takes the place of an installed module
+    try:
+        factory = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InvalidSettings(
+            f"task {name!r} cannot be imported: {error}",
+            hint="write module:class, of an installed package or of a file in the working directory",
+        ) from error
+    try:
+        inspect.signature(factory).bind(tokenizer, **options)
+    except TypeError as error:
+        raise InvalidSettings(f"task {name!r} refuses the options {dict(options)}: {error}") from error
+    task = factory(tokenizer, **options)
+    if not isinstance(task, Task):
+        raise InvalidSettings(
+            f"task {name!r} is no task: {type(task).__name__} lacks one of sample, held_out and reward",
+            hint="docs/tasks.md has an example",
+        )
+    return task
 
 
 def eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

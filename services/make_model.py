@@ -20,7 +20,6 @@ from actor.settings import ActorSettings
 from actor.tasks import Prompt, RunningSums
 from actor.torch_engine import TorchEngine
 from buffer.errors import InvalidSettings
-from buffer.types import Split
 from learner.optimizer import learning_rate
 from learner.settings import OptimizerSettings
 
@@ -45,7 +44,7 @@ _log = logging.getLogger(__name__)
 class TaughtTask(Protocol):
     """A task with a teacher to imitate. Its prompts all have one length, and so have its answers."""
 
-    def sample(self, rng: np.random.Generator, split: Split) -> Prompt:
+    def sample(self, rng: np.random.Generator) -> Prompt:
         """See actor.tasks.Task."""
         ...
 
@@ -145,7 +144,7 @@ def warm_up(
 
 def _teacher_batch(task: TaughtTask, rng: np.random.Generator, slip_probability: float) -> tuple[Tensor, Tensor]:
     """Return prompts [B, P] and the teacher's answers [B, T], both int64."""
-    prompts = [task.sample(rng, Split.TRAIN) for _ in range(BATCH_SIZE)]
+    prompts = [task.sample(rng) for _ in range(BATCH_SIZE)]
     answers = [task.noisy_answer(prompt, rng, slip_probability=slip_probability) for prompt in prompts]
     prompt_ids = np.stack([prompt.token_ids for prompt in prompts])
     return torch.from_numpy(prompt_ids).long(), torch.from_numpy(np.stack(answers)).long()

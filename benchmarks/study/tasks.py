@@ -7,7 +7,6 @@ import numpy as np
 import numpy.typing as npt
 
 from actor.tasks import HELD_OUT_PROMPTS, HELD_OUT_SEED, Prompt, RunningSums, Task, eos_token_id
-from buffer.types import Split
 from services.make_model import TaughtTask, make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -29,10 +28,8 @@ class TextTask:
         self._held_out = list(questions)
         self._is_held_out = frozenset(questions)
 
-    def sample(self, rng: np.random.Generator, split: Split) -> Prompt:
+    def sample(self, rng: np.random.Generator) -> Prompt:
         """See Task."""
-        if split is Split.EVAL:
-            return self._prompt(self._held_out[int(rng.integers(len(self._held_out)))])
         while (question := self._draw(rng)) in self._is_held_out:
             pass
         return self._prompt(question)
@@ -129,4 +126,4 @@ SLIPS = {"running_sums": 0.1, "sorting": 0.1, "scratchpad_addition": 0.11}
 def answer_tokens(task: StudyTask) -> int:
     """Return the tokens of an answer, end token included: all answers of one task here have one length."""
     rng = np.random.default_rng(0)
-    return len(task.noisy_answer(task.sample(rng, Split.TRAIN), rng, slip_probability=0.0))
+    return len(task.noisy_answer(task.sample(rng), rng, slip_probability=0.0))

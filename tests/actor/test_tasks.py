@@ -5,7 +5,6 @@ from transformers import PreTrainedTokenizerFast
 from actor.settings import TaskSettings
 from actor.tasks import HELD_OUT_PROMPTS, Prompt, ReasoningGym, RunningSums, make_task
 from buffer.errors import InvalidSettings
-from buffer.types import Split
 from tests.actor.conftest import character_tokenizer
 
 TEXT = "".join(map(chr, range(32, 127))) + "\n"
@@ -35,7 +34,7 @@ def test_running_sums_pay_for_the_whole_answer_and_nothing_else(
 
 
 def test_running_sums_prompts_are_digits_and_an_equals_sign(tokenizer: PreTrainedTokenizerFast) -> None:
-    prompt = RunningSums(tokenizer).sample(np.random.default_rng(0), Split.TRAIN)
+    prompt = RunningSums(tokenizer).sample(np.random.default_rng(0))
 
     text = tokenizer.decode(prompt.token_ids)
 
@@ -49,12 +48,10 @@ def test_held_out_prompts_are_fixed_distinct_and_never_trained_on(tokenizer: Pre
     task, rng = RunningSums(tokenizer, num_digits=4), np.random.default_rng(0)
     held_out = [prompt.prompt_id for prompt in task.held_out()]
 
-    trained = {task.sample(rng, Split.TRAIN).prompt_id for _ in range(5000)}  # of 10,000 possible ones
-    evaluated = {task.sample(rng, Split.EVAL).prompt_id for _ in range(5000)}
+    trained = {task.sample(rng).prompt_id for _ in range(5000)}  # of 10,000 possible ones
 
     assert len(set(held_out)) == HELD_OUT_PROMPTS
     assert not trained & set(held_out)
-    assert evaluated <= set(held_out)
     assert held_out == [prompt.prompt_id for prompt in RunningSums(tokenizer, num_digits=4).held_out()]
 
 
@@ -62,7 +59,7 @@ def test_a_teacher_without_slips_is_right_and_one_with_slips_goes_on_from_the_wr
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     task, rng = RunningSums(tokenizer), np.random.default_rng(0)
-    prompt = task.sample(rng, Split.TRAIN)
+    prompt = task.sample(rng)
 
     right = task.noisy_answer(prompt, rng, slip_probability=0.0)
     answers = [task.noisy_answer(prompt, rng, slip_probability=0.1) for _ in range(2000)]
@@ -85,7 +82,7 @@ def test_a_tokenizer_without_digits_is_refused_for_running_sums() -> None:
 def test_reasoning_gym_asks_in_text_and_judges_with_its_own_verifier() -> None:
     tokenizer = character_tokenizer(TEXT)
     task = make_task(TaskSettings(name="basic_arithmetic", options={"max_digits": 2}), tokenizer)
-    prompt = task.sample(np.random.default_rng(0), Split.TRAIN)
+    prompt = task.sample(np.random.default_rng(0))
 
     def reward(answer: str) -> float:
         return task.reward(prompt, np.array([*tokenizer.encode(answer), tokenizer.eos_token_id], np.int32))
@@ -102,7 +99,7 @@ def test_reasoning_gym_never_trains_on_a_held_out_question() -> None:
     held_out = {prompt.answer_key["question"] for prompt in task.held_out()}
     rng = np.random.default_rng(0)
 
-    trained = {task.sample(rng, Split.TRAIN).answer_key["question"] for _ in range(200)}
+    trained = {task.sample(rng).answer_key["question"] for _ in range(200)}
 
     assert not trained & held_out
 
@@ -116,6 +113,15 @@ def test_reasoning_gym_never_trains_on_a_held_out_question() -> None:
         (TaskSettings(name="basic_arithmetic", options={"size": 512}), TEXT, "size=512 leaves nothing to train on"),
         (TaskSettings(options={"num_digits": "many"}), TEXT, "its only option is the integer num_digits"),
         (TaskSettings(options={"num_digits": 2}), TEXT, "num_digits=2 must be between 4 and 100"),
+        (TaskSettings(name="no_such.module:Task"), TEXT, "'no_such.module:Task' cannot be imported: No module named"),
+        (TaskSettings(name="actor.tasks:Riddles"), TEXT, "cannot be imported: module 'actor.tasks' has no .*'Riddles'"),
+        (TaskSettings(name=":Task"), TEXT, "cannot be imported: Empty module name"),
+        (TaskSettings(name="actor.tasks:RunningSums", options={"digits": 4}), TEXT, "unexpected .* 'digits'"),
+        (
+            TaskSettings(name="actor.tasks:eos_token_id"),
+            TEXT,
+            "is no task: int lacks one of sample, held_out and reward",
+        ),
     ],
 )
 def test_bad_task_settings_are_one_sentence(settings: TaskSettings, characters: str, sentence: str) -> None:
