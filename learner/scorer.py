@@ -4,7 +4,8 @@ Legend: S tokens of a micro-batch; n of them trained; b sequences; H hidden size
 """
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -59,8 +60,12 @@ class Scorer(nn.Module):
         return {"descent": descent(hidden, output.weight, output.bias, drawn, gradients, self._head_shape)}
 
     def logits(self, token_ids: Tensor) -> Tensor:
-        """Return transformers' own logits [1, S, V] of one sequence [1, S], in the weights' precision."""
-        logits: Tensor = self.model(input_ids=token_ids, use_cache=False).logits
+        """Return transformers' own logits [1, S, V] of one sequence [1, S], in the weights' precision.
+
+        By our own attention, whatever the settings choose: flash-attn refuses float32.
+        """
+        with _attention(self.model, PACKED_ATTENTION):
+            logits: Tensor = self.model(input_ids=token_ids, use_cache=False).logits
         return logits
 
     def _hidden(self, packed: Packed) -> Tensor:
@@ -152,17 +157,15 @@ def check_scores(model: PreTrainedModel) -> None:
         _all_but_first(token_ids, lengths, model.device),
         frozenset(),
     )["logprobs"]
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    theirs = [
-        model(input_ids=sequence[None].to(model.device), use_cache=False)
-        .logits[0, :-1]
-        .float()
-        .log_softmax(-1)
-        .gather(-1, sequence[1:, None].to(model.device))[:, 0]
-        for sequence in torch.split(token_ids, lengths)
-    ]
-    model.set_attn_implementation(before)
+    with _attention(model, "eager"):
+        theirs = [
+            model(input_ids=sequence[None].to(model.device), use_cache=False)
+            .logits[0, :-1]
+            .float()
+            .log_softmax(-1)
+            .gather(-1, sequence[1:, None].to(model.device))[:, 0]
+            for sequence in torch.split(token_ids, lengths)
+        ]
     apart = float((ours - torch.cat(theirs)).abs().max())
     if not apart < _LARGEST_DIFFERENCE_NATS:
         raise InvalidSettings(
@@ -170,6 +173,17 @@ def check_scores(model: PreTrainedModel) -> None:
             "transformers computes of the same sequences alone",
             hint="its attention looks across sequences, or its logits are made in a way that the learner does not know",
         )
+
+
+@contextmanager
+def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Let the model attend by the implementation of that name, which its own one is changed back to."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def _all_but_first(token_ids: Tensor, lengths: list[int], device: torch.device) -> Targets:

@@ -2,21 +2,25 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 from buffer.errors import Conflict, StoreUnavailable
 from buffer.weights.manifest import Manifest, Probe
 from buffer.weights.mirror import Mirror
 from buffer.weights.plan import cheapest_path
+from learner.attention import packed_attention
+from learner.collate import collate
 from learner.policy import Policy
+from learner.settings import ComputeSettings
 from learner.snapshot import Snapshot, take_snapshot
-from tests.learner.builders import make_policy
+from tests.learner.builders import make_policy, plain_samples
 from tests.learner.stores import ListedStore, keyframe_of, publisher_to
 
 
@@ -85,6 +89,26 @@ def test_the_probe_scores_the_rounded_weights_and_leaves_the_exact_ones_as_they_
 
     assert 1e-4 < np.abs(exact - rounded).max() < 1
     assert all(torch.equal(tensor, before[name]) for name, tensor in policy.weights().items())
+
+
+def test_the_probe_does_not_run_an_attention_that_refuses_float32(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def like_flash_attn(module: torch.nn.Module, query: Tensor, *others: Any, **more: Any) -> tuple[Tensor, None]:
+        if query.dtype == torch.float32:
+            raise RuntimeError("FlashAttention only supports fp16 and bf16")
+        return packed_attention(module, query, *others, **more)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "half_precision_alone", like_flash_attn)
+    policy = make_policy(model_dir, compute=ComputeSettings(dtype="bfloat16"))
+    expected = _snapshot(policy).probe.logprobs
+    policy.model.set_attn_implementation("half_precision_alone")
+
+    probe = _snapshot(policy).probe
+
+    np.testing.assert_array_equal(probe.logprobs, expected)
+    assert policy.model.config._attn_implementation == "half_precision_alone"  # again, for updates
+    assert policy.forward(collate(plain_samples(0), clock=0), frozenset()).scores.logprobs.isfinite().all()
 
 
 def test_tied_weights_travel_once(model_dir: Path) -> None:
