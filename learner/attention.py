@@ -25,6 +25,7 @@ PACKED_ATTENTION = "stalewise_packed"
 _SHORTEST_SHARE = 0.8
 """Of a bucket's longest: shorter sequences go to the next bucket, so that at most a fifth of a row is padding."""
 _LARGEST_FLASH_HEAD = 256
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 class _Bucket(NamedTuple):
@@ -57,6 +58,8 @@ def packed_attention(
     del attention_mask  # transformers makes none for an attention of ours
     if odd := sorted(name for name in ("s_aux", "position_bias") if other.get(name) is not None):
         raise InvalidSettings(f"packed attention does not know {odd[0]}, which {type(module).__name__} uses")
+    if value.dtype in _HALVES:  # under autocast a norm of queries and keys (Qwen 3) leaves them in float32
+        query, key = query.to(value.dtype), key.to(value.dtype)
     if cu_seq_lens_q is None or max_length_q is None:
         return _causal(query, key, value, scaling, sliding_window, softcap).transpose(1, 2), None
     if _flash_can(query, value, softcap):
@@ -83,7 +86,7 @@ AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 def _flash_can(query: Tensor, value: Tensor, softcap: float | None) -> bool:
     return (
         query.is_cuda
-        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.dtype in _HALVES
         and softcap is None
         and query.shape[-1] == value.shape[-1] <= _LARGEST_FLASH_HEAD
     )

@@ -197,7 +197,7 @@ def test_bfloat16_keeps_weights_and_gradients_in_float32_and_comes_close(model_d
     assert {tensor.dtype for tensor in (*policy.weights().values(), *_gradients(policy, batch))} == {torch.float32}
 
 
-@pytest.mark.parametrize("family", ["qwen2, tied", "gemma2, caps and window"])
+@pytest.mark.parametrize("family", ["qwen2, tied", "qwen3, untied", "gemma2, caps and window"])
 def test_bfloat16_updates_keep_weights_and_moments_in_float32_and_go_the_same_way(family: str, tmp_path: Path) -> None:
     model_dir, moved = _save(FAMILIES[family], tmp_path), []
     for dtype in ("float32", "bfloat16"):
@@ -211,6 +211,23 @@ def test_bfloat16_updates_keep_weights_and_moments_in_float32_and_go_the_same_wa
         moved.append(torch.cat(after) - before)
 
     assert torch.cosine_similarity(moved[0], moved[1], dim=0) > 0.95
+
+
+def test_queries_that_a_norm_left_in_float32_can_take_the_flash_kernel_of_16_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def watched(query: Tensor, value: Tensor, softcap: float | None) -> bool:
+        seen.append((query.dtype, value.dtype))
+        return False  # that kernel is a GPU's
+
+    policy = make_policy(_save(FAMILIES["qwen3, untied"], tmp_path), compute=ComputeSettings(dtype="bfloat16"))
+    monkeypatch.setattr("learner.attention._flash_can", watched)
+
+    policy.forward(_batch(), frozenset())
+
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
 
 
 def test_flash_attention_that_is_not_installed_is_one_sentence(model_dir: Path) -> None:
