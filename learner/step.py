@@ -161,12 +161,13 @@ class Trainer:
 
     def _descend(self, loss: Loss) -> tuple[float, float]:
         """Clip, set the scheduled rate and step; return the norm before clipping and the rate."""
-        norm = whole(
-            torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), self._settings.optimizer.grad_clip_norm)
-        ).item()
-        if not math.isfinite(norm):
+        moving = [parameter for parameter in self.policy.model.parameters() if parameter.grad is not None]
+        total = torch.nn.utils.get_total_norm([parameter.grad for parameter in moving if parameter.grad is not None])
+        norm = whole(total).item()
+        if not math.isfinite(norm):  # before clipping, which would spread one nan over all gradients
             raise self._non_finite(loss)
         self._spikes.admit(norm)
+        torch.nn.utils.clip_grads_with_norm_(moving, self._settings.optimizer.grad_clip_norm, total)
         lr = learning_rate(
             self._settings.optimizer,
             updates_done=self.progress.updates,

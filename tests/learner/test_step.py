@@ -97,6 +97,14 @@ def test_a_gradient_that_is_not_finite_is_named_and_moves_nothing(model_dir: Pat
     assert trainer.multipliers == {"count": 0}
 
 
+def test_of_a_gradient_that_is_not_finite_the_parameter_at_fault_alone_is_named(model_dir: Path) -> None:
+    trainer = make_trainer(model_dir)
+    trainer.policy.model.model.norm.weight.register_hook(lambda gradient: gradient * math.nan)
+
+    with pytest.raises(NonFiniteGradient, match=r"gradient of 1 parameters is not finite, first model\.norm\.weight "):
+        trainer.update(collate(plain_samples(0), clock=0))
+
+
 def test_a_gate_that_stays_closed_stops_the_run_with_a_sentence(model_dir: Path) -> None:
     trainer = make_trainer(model_dir, objective=_Scaled(gate_open=False), max_closed_updates=3)
     batch = collate(plain_samples(0), clock=0)
