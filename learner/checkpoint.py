@@ -179,7 +179,12 @@ def _tensors(trainer: Trainer) -> dict[str, Tensor]:
 
 def _optimizer_state(trainer: Trainer) -> dict[str, Tensor]:
     """Return the moments and step counts by parameter, of zeros before the first step; no rates: settings have them."""
+    trainer.optimizer.zero_grad()  # where there are gradients, as of a skipped update, torch makes no state to look at
+    is_new = not trainer.optimizer.state
     state: dict[str, Any] = get_optimizer_state_dict(trainer.policy.model, trainer.optimizer, options=_FLAT)
+    if is_new:  # torch made it by a step along gradients of 0, and counted that one
+        for of_parameter in trainer.optimizer.state.values():
+            of_parameter["step"].zero_()
     return {name: value for name, value in state.items() if name.startswith(_OPTIMIZER_STATE)}
 
 

@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,10 @@ from torch import Tensor
 from buffer.errors import InvalidSettings, RunMismatch
 from buffer.weights.directory_store import DirectoryWeightStore
 from learner.checkpoint import Checkpoints
-from learner.errors import CorruptCheckpoint
+from learner.collate import collate
+from learner.errors import CorruptCheckpoint, NonFiniteGradient
 from learner.step import Progress, Trainer
-from tests.learner.builders import make_trainer
+from tests.learner.builders import make_trainer, plain_samples
 from tests.learner.recorded_run import FINGERPRINT, train_recorded
 
 
@@ -76,6 +78,22 @@ def test_saving_the_same_update_again_replaces_it(model_dir: Path, tmp_path: Pat
     resumed = make_trainer(model_dir)
     checkpoints.restore(saved, resumed)
     assert resumed.progress == Progress(updates=0, clock=4)
+
+
+def test_a_run_that_is_saved_before_its_first_step_goes_on_as_one_that_was_not(model_dir: Path, tmp_path: Path) -> None:
+    batch = collate(plain_samples(0), clock=0)
+    unbroken, broken, resumed = (make_trainer(model_dir) for _ in range(3))
+    handle = broken.policy.model.model.norm.weight.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(NonFiniteGradient):
+        broken.update(batch)
+    handle.remove()
+
+    _checkpoints(tmp_path).restore(_checkpoints(tmp_path).save(broken), resumed)
+
+    unbroken.update(batch)
+    for trainer in (broken, resumed):
+        trainer.update(batch)
+        assert [name for name, tensor in _state(unbroken).items() if not _state(trainer)[name].equal(tensor)] == []
 
 
 @pytest.mark.parametrize("name", ["state.json", "shard-00001-model-00001-of-00001.safetensors"])
