@@ -56,7 +56,9 @@ def take_snapshot(policy: Policy, *, dtype: str, tolerance_nats: float, ranks: R
     weights = policy.weights()
     token_ids = _probe_tokens(policy)
     ids = torch.tensor(token_ids[None].astype(np.int64), device=policy.model.device)
-    with torch.no_grad(), _rounded(policy.model, weights, _DTYPES[dtype]):
+    # uncompiled: to a compiled layer the hooks of _rounded would be another module, or none
+    eager = torch.compiler.set_stance("force_eager")
+    with torch.no_grad(), eager, _rounded(policy.model, weights, _DTYPES[dtype]):
         logits = policy.probe_logits(ids)[0, :-1]  # [N - 1, V]
         logprobs = logits.float().log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
     tensors = RoundedTensors.of(weights, dtype, ranks=ranks)

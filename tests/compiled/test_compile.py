@@ -5,6 +5,7 @@ Starts a C++ compiler, and takes some minutes of a core: only with --compile (ma
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch._dynamo.utils import counters
 from learner.collate import collate
 from learner.distributed import ALONE
 from learner.settings import ComputeSettings
+from learner.snapshot import take_snapshot
 from learner.step import Trainer
 from tests.distributed.launch import on_two_ranks
 from tests.distributed.run import train
@@ -59,6 +61,29 @@ def test_compiled_layers_give_the_losses_and_gradients_of_plain_ones(tmp_path: P
         assert gradients_compiled.keys() == gradients.keys()
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradients_compiled[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore")
+def test_versions_between_updates_leave_a_compiled_policy_as_it_is_and_have_the_canary_of_plain_layers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_tiny_model(tmp_path)
+    seen: list[list[tuple[np.ndarray, float, Tensor]]] = []
+    for compiled in (False, True):
+        trainer = make_trainer(tmp_path, lr=1e-3, compute=ComputeSettings(compile=compiled))
+        seen.append([])
+        for _ in range(10):  # more than Dynamo compiles one layer anew for
+            probe = take_snapshot(trainer.policy, dtype="bfloat16", tolerance_nats=0.05).probe
+            loss = trainer.update(collate(BATCHES[0], clock=3))["loss/total"]
+            weights = torch.cat([weight.flatten() for weight in trainer.policy.weights().values()])
+            seen[-1].append((probe.logprobs, loss, weights.clone()))
+
+    assert "recompile_limit" not in caplog.text
+    for (probe, loss, weights), (probe_compiled, loss_compiled, weights_compiled) in zip(*seen, strict=True):
+        np.testing.assert_allclose(probe_compiled, probe, atol=1e-2)
+        assert loss_compiled == pytest.approx(loss, rel=1e-3, abs=1e-4)
+        torch.testing.assert_close(weights_compiled, weights, rtol=1e-2, atol=2e-4)
 
 
 @pytest.mark.timeout(900)
