@@ -119,7 +119,7 @@ class LearnerLoop:
         self._published_clock = -1
         self._owed = False  # a version that should go out, while an earlier one was still on its way
         self._coalesced = 0
-        self._saved_updates = -1
+        self._saved_updates = -1 if checkpoints.newest() is None else trainer.progress.updates  # restored from it
         self._report_s = 0.0
 
     def run(self) -> None:

@@ -360,6 +360,21 @@ def test_a_run_goes_on_above_the_latest_version_and_publishes_at_once(model_dir:
     assert first.store.manifests[4].checksum == first.store.manifests[2].checksum != first.store.manifests[3].checksum
 
 
+def test_a_resumed_run_that_gets_no_further_leaves_its_checkpoint_as_it_is(model_dir: Path, tmp_path: Path) -> None:
+    first = LoopRig(model_dir, tmp_path, settings=loop_settings(total_updates=1))
+    first.table.advance_version(0)
+    first.insert(make_group("a"), make_group("b"))
+    first.loop().run()
+    state = tmp_path / "update-00000001" / "state.json"
+    written = state.stat()
+
+    second = LoopRig(model_dir, tmp_path, settings=first.settings)
+    take_up(second.trainer, second.checkpoints, second.publisher, resume=True)
+    second.loop().run()
+
+    assert (state.stat().st_ino, state.stat().st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
+
+
 def test_a_new_run_starts_at_0_whether_or_not_it_may_resume(model_dir: Path, tmp_path: Path) -> None:
     rig = LoopRig(model_dir, tmp_path, settings=loop_settings())
     for resume in (False, True):
