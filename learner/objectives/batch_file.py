@@ -1,7 +1,7 @@
 """A batch in a JSON file, and a loss computed on it, so that every formula can be checked from outside."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -34,7 +34,7 @@ class TrajectoryEntry(Settings):
     mask: list[bool] | None = None
     """[T] which tokens count; all when left out."""
     episode: str | None = None
-    """Trajectories of one episode share it; its own when left out."""
+    """Trajectories of one episode share it, within their group; its own when left out."""
     spans: list[VersionSpan] | None = None
     """Runs of tokens by policy version, tiling [0, T); all foreign when left out."""
     columns: dict[Column, list[float] | float] = Field(default_factory=dict)
@@ -150,9 +150,7 @@ def batch_tokens(batch: BatchFile) -> Tokens:
         parts = [found[column] for _, found in scored if column in found]
         if len(parts) == len(entries):
             columns[column] = torch.cat(parts) if column in PER_TRAJECTORY else _padded(parts, 0.0)
-    episodes = [
-        f"{index}" if entry.episode is None else f"named {entry.episode}" for index, entry in enumerate(entries)
-    ]
+    episodes = [index if entry.episode is None else (entry.group, entry.episode) for index, entry in enumerate(entries)]
     return Tokens(
         logprobs=_padded([logprobs for logprobs, _ in scored], 0.0).requires_grad_(),
         behavior_logprobs=_padded([torch.tensor(entry.behavior_logprobs) for entry in entries], 0.0),
@@ -234,7 +232,7 @@ def _padded(rows: Sequence[Tensor], fill: float) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=fill)
 
 
-def _numbered(names: Sequence[str]) -> Tensor:
+def _numbered(names: Sequence[Hashable]) -> Tensor:
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
     return torch.tensor([numbers[name] for name in names])
 

@@ -184,9 +184,11 @@ def test_the_first_logit_is_that_of_the_first_trained_token(tmp_path: Path) -> N
 def test_a_trajectory_is_an_episode_of_its_own_unless_it_says_otherwise(tmp_path: Path) -> None:
     shared = {**GOOD, "episode": "0"}  # a name is no number: the first trajectory is not of this episode
 
-    tokens = batch_tokens(read_batch(written(tmp_path, {"trajectories": [GOOD, GOOD, shared, shared]})))
+    of_another_group = {**shared, "group": "another"}
 
-    assert tokens.episode.tolist() == [0, 1, 2, 2]
+    tokens = batch_tokens(read_batch(written(tmp_path, {"trajectories": [GOOD, GOOD, shared, shared, of_another_group]})))
+
+    assert tokens.episode.tolist() == [0, 1, 2, 2, 3]
 
 
 def test_ages_are_counted_from_the_version_of_the_learner_which_is_0_when_left_out(tmp_path: Path) -> None:
