@@ -18,6 +18,7 @@ from learner.objectives.aggregation import (
     sum_by_sequence,
     sum_over_sequences_per_token,
 )
+from learner.objectives.penalties import reference_k3
 from learner.objectives.ratios import (
     banded,
     k1,
@@ -107,6 +108,18 @@ def test_ratios_by_the_proximal_policy_have_the_same_guard() -> None:
     wild = [math.exp(20.0), math.exp(-20.0)]
     assert proximal_ratio(tokens)[0].tolist() == pytest.approx(wild, rel=1e-5)
     assert proximal_to_behavior(tokens)[0].tolist() == pytest.approx([math.exp(-20.0), 1.0], rel=1e-5)
+
+
+def test_the_reference_penalty_has_the_guard_where_it_is_an_exponential_and_pulls_back_where_it_is_none() -> None:
+    unit = torch.tensor([[-1000.0, 0.0, -1.0]], requires_grad=True)
+    reference = torch.tensor([[0.0, -1000.0, -1.5]])
+    columns = {Column.UNIT_LOGPROBS: unit, Column.REFERENCE_LOGPROBS: reference}
+    tokens = replace(from_logs([[0.0] * 3]), columns=columns)
+
+    penalties = reference_k3(tokens)
+
+    assert penalties[0].tolist() == pytest.approx([math.exp(20.0) - 21, 999.0, math.exp(-0.5) - 0.5], rel=1e-5)
+    assert gradient(penalties.sum(), unit)[0].tolist() == pytest.approx([0.0, 1.0, 1 - math.exp(-0.5)], rel=1e-5)
 
 
 def test_k_statistics_at_a_hundred_and_at_a_hundredth() -> None:
