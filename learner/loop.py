@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from buffer.errors import InvalidSettings, ServiceUnreachable, StalewiseError, StoreUnavailable
+from buffer.selectors import Weighted, rest_of
 from buffer.table import Wait
 from buffer.trained import TrainedGroup
 from buffer.types import PolicyVersion
@@ -119,6 +120,7 @@ class LearnerLoop:
         self._published_clock = -1
         self._owed = False  # a version that should go out, while an earlier one was still on its way
         self._coalesced = 0
+        self._warned_of_token_rewards = False
         self._saved_updates = -1 if checkpoints.newest() is None else trainer.progress.updates  # restored from it
         self._report_s = 0.0
 
@@ -129,6 +131,7 @@ class LearnerLoop:
         good: when the service stays away, or too many updates were skipped. After a failed update nothing is
         published or saved.
         """
+        _warn_of_priorities(self._settings)
         try:
             self._publish()
             self._train()
@@ -201,6 +204,7 @@ class LearnerLoop:
         self._reporter.waiting(self._trainer.progress, wait, self._counts())
 
     def _update(self, draw: Draw, *, waited_s: float) -> None:
+        self._warn_of_token_rewards(draw)
         self._ranks.from_first(draw.batch)
         try:
             metrics = self._trainer.update(draw.batch)
@@ -230,6 +234,18 @@ class LearnerLoop:
         )
         self._reporter.update(self._trainer.progress, {**metrics, **self._counts(), **times}, trained)
         self._report_s = self._now() - reporting_s
+
+    def _warn_of_token_rewards(self, draw: Draw) -> None:
+        """Say once that rewards teach nothing."""
+        objective = self._trainer.objective
+        if draw.batch.token_rewards is None or objective.reads_token_rewards or self._warned_of_token_rewards:
+            return
+        self._warned_of_token_rewards = True
+        log.warning(
+            "the data has token_rewards, which objective %s does not read: it learns from the reward of a trajectory "
+            "alone (a recipe's advantage = optimal_token_baseline reads both)",
+            objective.name,
+        )
 
     def _skip(self, error: StalewiseError) -> None:
         """Count an update that moved nothing; its batch is spent. Raises TooManySkips."""
@@ -269,3 +285,12 @@ class LearnerLoop:
             self._ranks.from_first(Order.SAVE.value)
             log.info("checkpoint %s", self._checkpoints.save(self._trainer))
             self._saved_updates = updates
+
+
+def _warn_of_priorities(settings: LearnerSettings) -> None:
+    selectors = [settings.selector, *([settings.replay_selector] if settings.replay_updates else [])]
+    if Weighted(by="priority") in map(rest_of, selectors):
+        log.warning(
+            "groups are drawn by priorities, which this learner does not post: until somebody does (POST "
+            "/v1/priorities) all of them are drawn alike"
+        )

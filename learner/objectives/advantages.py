@@ -54,7 +54,7 @@ def batch_normalised(tokens: Tokens) -> Tensor:
 
 def shifted(advantage: Advantage, *, by: float) -> Advantage:
     """advantage + by: above 0 it leans on good answers, below 0 on bad ones."""
-    return Advantage(lambda tokens: advantage(tokens) + by, advantage.columns)
+    return Advantage(lambda tokens: advantage(tokens) + by, advantage.columns, advantage.reads_token_rewards)
 
 
 def _centred(tokens: Tokens) -> Tensor:

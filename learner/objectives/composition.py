@@ -6,7 +6,7 @@ loss = aggregate(-gates * surrogate(tokens, advantage))
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -50,6 +50,9 @@ class Term(Protocol):
     @property
     def columns(self) -> frozenset[Column]: ...
 
+    @property
+    def reads_token_rewards(self) -> bool: ...
+
     def __call__(self, tokens: Tokens, multipliers: Multipliers) -> TermValue: ...
 
 
@@ -71,6 +74,10 @@ class PolicyGradient:
     @property
     def columns(self) -> frozenset[Column]:
         return self.reads | self.advantage.columns
+
+    @property
+    def reads_token_rewards(self) -> bool:
+        return self.advantage.reads_token_rewards
 
     def __call__(self, tokens: Tokens, multipliers: Multipliers) -> TermValue:
         with torch.no_grad():
@@ -95,6 +102,7 @@ class Penalty:
     aggregate: Reduction
     coefficient: float
     columns: frozenset[Column] = frozenset()
+    reads_token_rewards: ClassVar = False
 
     def __call__(self, tokens: Tokens, multipliers: Multipliers) -> TermValue:
         return TermValue(loss=self.coefficient * self.aggregate(tokens, self.piece(tokens)))
@@ -107,6 +115,7 @@ class Constraint:
     piece: TokenPiece
     aggregate: Reduction
     dual: DualAscent
+    reads_token_rewards: ClassVar = False
 
     @property
     def name(self) -> str:
@@ -138,6 +147,7 @@ class SquaredResidual:
     columns: frozenset[Column]
     coefficient: float = 1.0
     name: str = "bellman"
+    reads_token_rewards: ClassVar = False
 
     def __call__(self, tokens: Tokens, multipliers: Multipliers) -> TermValue:
         residual = self.residual(tokens)
@@ -157,6 +167,10 @@ class Composition:
     @property
     def columns(self) -> frozenset[Column]:
         return frozenset[Column]().union(*(term.columns for term in self.terms))
+
+    @property
+    def reads_token_rewards(self) -> bool:
+        return any(term.reads_token_rewards for term in self.terms)
 
     def __call__(self, tokens: Tokens, multipliers: Multipliers) -> Loss:
         tokens = cleaned(tokens, self.columns)

@@ -17,6 +17,8 @@ class Advantage:
     compute: Callable[[Tokens], Tensor]
     """-> [B, 1] or [B, T], no gradient."""
     columns: frozenset[Column] = frozenset()
+    reads_token_rewards: bool = False
+    """Whether it is made of the rewards of single tokens, too; if not, they teach nothing."""
 
     def __call__(self, tokens: Tokens) -> Tensor:
         return self.compute(tokens)
@@ -79,6 +81,11 @@ class Objective(Protocol):
     @property
     def columns(self) -> frozenset[Column]:
         """The optional columns of `Tokens` it needs."""
+        ...
+
+    @property
+    def reads_token_rewards(self) -> bool:
+        """Whether rewards of single tokens enter."""
         ...
 
     @property

@@ -35,7 +35,7 @@ def optimal_token_baseline(*, weight: TokenPiece | None = None) -> Advantage:
         alive = _sums_by_place(places, tokens, votes).round()  # episodes
         return _masked(tokens, returns - torch.where(alive > 1, baseline, 0.0)).float()
 
-    return Advantage(compute, frozenset({Column.OTHER_SQUARED_PROBS}))
+    return Advantage(compute, frozenset({Column.OTHER_SQUARED_PROBS}), reads_token_rewards=True)
 
 
 def squared_logit_gradient(tokens: Tokens) -> Tensor:

@@ -23,6 +23,7 @@ class _Scaled:
     name = "scaled"
     denominator = "all tokens"
     columns = frozenset[Column]()
+    reads_token_rewards = False
     scale = 1.0
 
     def __call__(self, tokens: Tokens, multipliers: Mapping[str, float]) -> Loss:

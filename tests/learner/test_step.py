@@ -27,6 +27,7 @@ class _Scaled:
     name: str = "scaled"
     denominator: str = "nothing"
     columns: frozenset[Column] = frozenset()
+    reads_token_rewards: bool = False
 
     def __call__(self, tokens: Tokens, multipliers: Mapping[str, float]) -> Loss:
         total = -self.scale * tokens.logprobs.sum()

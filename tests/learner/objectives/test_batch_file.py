@@ -186,7 +186,9 @@ def test_a_trajectory_is_an_episode_of_its_own_unless_it_says_otherwise(tmp_path
 
     of_another_group = {**shared, "group": "another"}
 
-    tokens = batch_tokens(read_batch(written(tmp_path, {"trajectories": [GOOD, GOOD, shared, shared, of_another_group]})))
+    tokens = batch_tokens(
+        read_batch(written(tmp_path, {"trajectories": [GOOD, GOOD, shared, shared, of_another_group]}))
+    )
 
     assert tokens.episode.tolist() == [0, 1, 2, 2, 3]
 
