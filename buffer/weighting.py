@@ -1,4 +1,7 @@
-"""What a weighted draw goes by: a choice of the table, since its index keeps the clocks of one weighting."""
+"""What a weighted draw goes by: a choice of the table, since its index keeps the clocks of one weighting.
+
+Priorities come from a learner or an agent of one's own, by POST /v1/priorities: `stalewise learn` posts none.
+"""
 
 import math
 from collections.abc import Mapping
@@ -22,7 +25,7 @@ class PriorityWeighting(Settings):
     """weight = priority ^ exponent (arXiv 1511.05952); priorities come by update_priorities."""
 
     by: Literal["priority"] = "priority"
-    """By priorities that the learner posts."""
+    """By priorities that somebody posts; `stalewise learn` does not, and without them all groups are alike."""
     exponent: Annotated[float, Field(gt=0, le=4)] = 0.6
     """1 = proportional, towards 0 = uniform; 0.6 is the value of arXiv 1511.05952."""
 
