@@ -61,24 +61,27 @@ class Tis(Recipe):
 
 
 class TisPpo(Recipe):
-    """PPO against the trainer's own old policy, times the truncated weight of that policy over the sampler."""
+    """PPO against the trainer's own old policy, times the truncated weight of that policy over the sampler.
+
+    Here a batch is one optimiser step, so that the old policy is the policy, r is 1 and this is `tis`.
+    """
 
     name: ClassVar = "tis_ppo"
     paper: ClassVar = "Yao et al. 2025 (blog), the form with three policies"
     sentence: ClassVar = (
         "-1/N sum s(min(prox / behavior, cap)) min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), r = pi / prox"
     )
-    use: ClassVar = "Several updates on one batch, with an engine that rounds differently from the trainer."
+    use: ClassVar = "To compare: with one step a batch, as `stalewise learn` takes it, r = 1 and this is tis."
     denominator: ClassVar = "all tokens"
 
     cap: Positive = 2.0
     """Largest weight; common frameworks take 2."""
     clip_low: ClipLow = 0.2
-    """PPO's."""
+    """PPO's. Not reached while r is 1."""
     clip_high: ClipHigh = 0.28
-    """DAPO's, on which the blog builds."""
+    """DAPO's, on which the blog builds. Not reached while r is 1."""
     dual_clip: Threshold = math.inf
-    """As in grpo."""
+    """As in grpo. Not reached while r is 1."""
     advantage: AdvantageName = AdvantageName.STANDARDISED
     """As in grpo."""
 
@@ -98,7 +101,10 @@ class TisPpo(Recipe):
 
 
 class IcePop(Recipe):
-    """As tis_ppo, but a token whose weight leaves a band loses its gradient instead of being truncated."""
+    """As tis_ppo, but a token whose weight leaves a band loses its gradient instead of being truncated.
+
+    Here a batch is one optimiser step, so that r is 1 and k is pi / behavior: the band alone is at work.
+    """
 
     name: ClassVar = "icepop"
     paper: ClassVar = "arXiv 2510.18855"
@@ -114,9 +120,9 @@ class IcePop(Recipe):
     band_high: Positive = 5.0
     """The paper's."""
     clip_low: ClipLow = 0.2
-    """PPO's (the paper's is unknown)."""
+    """PPO's (the paper's is unknown). Not reached while r is 1."""
     clip_high: ClipHigh = 0.2
-    """PPO's (the paper's is unknown)."""
+    """PPO's (the paper's is unknown). Not reached while r is 1."""
     advantage: AdvantageName = AdvantageName.STANDARDISED
     """As in grpo."""
 
@@ -163,7 +169,10 @@ class M2po(Recipe):
 
 
 class MiniRl(Recipe):
-    """The first-order approximation of the sequence objective: truncated weights, a clip as a gate, no length norm."""
+    """The first-order approximation of the sequence objective: truncated weights, a clip as a gate, no length norm.
+
+    Here a batch is one optimiser step, so that r is 1 and the gate is never closed.
+    """
 
     name: ClassVar = "minirl"
     paper: ClassVar = "arXiv 2512.01374"
@@ -171,15 +180,17 @@ class MiniRl(Recipe):
         "-1/B sum_i sum_t [r <= 1 + clip_high if A > 0, r >= 1 - clip_low if A < 0] s(min(rho, cap)) A log pi,"
         " r = pi / prox, A = reward - mean"
     )
-    use: ClassVar = "Several updates on one batch of a large model; keep both gaps small."
+    use: ClassVar = (
+        "To compare: with one step a batch, as `stalewise learn` takes it, r = 1 and only the weight is at work."
+    )
     denominator: ClassVar = "all sequences"
 
     cap: Positive = 5.0
     """Largest weight; the paper's."""
     clip_low: ClipLow = 0.2
-    """The paper's."""
+    """The paper's. Not reached while r is 1."""
     clip_high: ClipHigh = 0.27
-    """The paper's."""
+    """The paper's. Not reached while r is 1."""
     advantage: AdvantageName = AdvantageName.GROUP_MEAN
     """The method's own: no std."""
 

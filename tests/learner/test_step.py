@@ -106,6 +106,17 @@ def test_of_a_gradient_that_is_not_finite_the_parameter_at_fault_alone_is_named(
         trainer.update(collate(plain_samples(0), clock=0))
 
 
+def test_with_one_step_a_batch_tis_ppo_is_tis(model_dir: Path) -> None:
+    gradients = []
+    for objective in ("tis", "tis_ppo"):
+        trainer = make_trainer(model_dir, objective=objective)
+        trainer.update(collate(mixed_samples(), clock=3))
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.policy.model.parameters() if p.grad is not None]))
+
+    assert gradients[0].norm() > 0.1
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
 def test_a_gate_that_stays_closed_stops_the_run_with_a_sentence(model_dir: Path) -> None:
     trainer = make_trainer(model_dir, objective=_Scaled(gate_open=False), max_closed_updates=3)
     batch = collate(plain_samples(0), clock=0)
