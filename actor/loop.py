@@ -99,7 +99,7 @@ class ActorLoop:
             self._status.drew(sum(group.num_response_tokens for group in groups))
             for result in self._inbox.submit(groups).results:
                 self._tally(result)
-        except UNREACHABLE as error:
+        except (*UNREACHABLE, CorruptWeights, EngineUnreachable) as error:  # an engine's weights are loaded again
             log.warning("no evaluation: %s", error)
 
     def _generate(self) -> list[Group]:

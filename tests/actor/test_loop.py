@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from actor.engine import Completion, GenerationRequest
 from actor.evaluate import Evaluator
 from actor.loop import ActorLoop
 from actor.receiver import FollowingReceiver
@@ -22,7 +23,7 @@ from actor.torch_engine import TorchEngine
 from actor.weight_sync import WeightSync
 from buffer.client import Submission
 from buffer.codec import encode_group
-from buffer.errors import ServiceUnreachable
+from buffer.errors import CorruptWeights, EngineUnreachable, ServiceUnreachable, StalewiseError
 from buffer.fingerprint import model_fingerprint
 from buffer.memory_table import MemoryTable
 from buffer.rate_limiter import RateLimiterSettings
@@ -75,6 +76,7 @@ class Actor:
     settings: ActorSettings = SETTINGS
     limiter: RateLimiterSettings = field(default_factory=lambda: RateLimiterSettings(error_buffer=1e9))
     table_settings: TableSettings = field(default_factory=TableSettings)
+    engine_class: type[WrongEngine] = WrongEngine
 
     def __post_init__(self) -> None:
         self.inbox = TableInbox(MemoryTable(self.table_settings, self.limiter, RUN_ID))
@@ -82,7 +84,7 @@ class Actor:
         self.store = DirectoryWeightStore(self.directory / "weights")
         self.status = Status(time.monotonic)
         self.stop = threading.Event()
-        self.engine = WrongEngine(self.model_dir, seed=5)
+        self.engine = self.engine_class(self.model_dir, seed=5)
         self.evaluations = BoardEvaluations(MemoryBoard(), self.store)
         self.sync = WeightSync(
             store=self.store,
@@ -344,6 +346,34 @@ def test_an_evaluation_is_of_one_version_whatever_is_published_meanwhile(
     assert {(r.num_prompts, r.samples_per_prompt, tuple(r.pass_at)) for r in results} == {(24, 3, ("1", "2"))}
     evaluated = [group for group in stored(actor) if group.split is Split.EVAL]
     assert len(evaluated) == actor.inbox.table.stats().num_eval == 24 * len(results)
+
+
+@pytest.mark.parametrize("error", [EngineUnreachable("it is gone"), CorruptWeights("it was started again")])
+def test_an_engine_that_fails_in_an_evaluation_costs_the_actor_that_evaluation_alone(
+    tmp_path: Path, model_dir: Path, tokenizer: PreTrainedTokenizerFast, keyframes: list[Path], error: StalewiseError
+) -> None:
+    evaluation = EvaluationSettings(every_updates=1, num_prompts=2, samples_per_prompt=5)
+    failures = [error]
+
+    class Failing(WrongEngine):
+        """An engine that fails at the first evaluation: two prompts five times."""
+
+        def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
+            if len(requests) == 10 and failures:
+                raise failures.pop()
+            return super().generate(requests)
+
+    settings = SETTINGS.model_copy(update={"evaluation": evaluation})
+    actor = Actor(tmp_path, model_dir, tokenizer, settings=settings, engine_class=Failing)
+    publish(actor.store, model_dir, keyframes[0], 0)
+
+    with actor.running():
+        wait_until(lambda: actor.inbox.inserted >= 2)
+        publish(actor.store, model_dir, keyframes[1], 1)
+        wait_until(lambda: len(actor.evaluations.read().results) == 1)
+
+    assert not failures
+    assert [result.version for result in actor.evaluations.read().results] == [1]
 
 
 class Listener:
