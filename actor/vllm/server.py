@@ -64,7 +64,8 @@ def run_server(model_dir: Path, settings: VllmSettings, *, host: str, port: int,
     if find_spec("vllm") is None:
         raise InvalidSettings(
             "vLLM is not installed in this environment",
-            hint="install the vLLM environment with `make setup-vllm`, then run `.venv-vllm/bin/stalewise serve-vllm`",
+            hint="on a GPU machine: pip install '.[vllm]'; for the CPU build: `make setup-vllm`, then run"
+            " `.venv-vllm/bin/stalewise serve-vllm`",
         )
     command = server_command(model_dir, settings, host=host, port=port, seed=seed)
     os.execve(command[0], command, server_environment(settings))
