@@ -43,6 +43,11 @@ class Engine(Protocol):
         """The version of the weights in use; -1 before the first load."""
         ...
 
+    @property
+    def max_tokens(self) -> int:
+        """Prompt and response together, at most."""
+        ...
+
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
         """Draw all requests in one batch, in the order given. The actor's main loop calls it."""
         ...

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from actor.engine import Engine, GenerationRequest
-from actor.rollout import as_group
+from actor.rollout import as_group, fits, whole_groups
 from actor.settings import ActorSettings, EvaluationSettings
 from actor.tasks import Prompt, Task
-from buffer.errors import Conflict
+from buffer.errors import Conflict, InvalidSettings
 from buffer.evaluations import Evaluation, EvaluationClaim, Evaluations
-from buffer.types import FinishReason, Group, PolicyVersion, SamplingSettings, Split
+from buffer.types import Group, PolicyVersion, SamplingSettings, Split
 
 log = logging.getLogger(__name__)
 
@@ -94,12 +94,12 @@ class Evaluator:
         began_s = self.now()
         groups: list[Group] = []
         settings = self.settings.evaluation
-        prompts = self.task.held_out()[: settings.num_prompts]
+        prompts = self._prompts()
         for start in range(0, len(prompts), self.settings.groups_per_batch):
             if self.stop.is_set():
                 return []
             groups += self._draw(prompts[start : start + self.settings.groups_per_batch])
-        if self.stop.is_set():  # the last ones may have been aborted
+        if self.stop.is_set() or not groups:  # the last ones may have been aborted
             return []
         evaluation = summary(
             groups,
@@ -116,22 +116,26 @@ class Evaluator:
             log.warning("the evaluation of version %d is void: %s", version, error)
         return groups
 
+    def _prompts(self) -> list[Prompt]:
+        """Return the prompts, always the same ones. Raises InvalidSettings when the model can hold none of them."""
+        held_out = self.task.held_out()[: self.settings.evaluation.num_prompts]
+        prompts = [prompt for prompt in held_out if fits(prompt, self.engine, self.settings)]
+        told = f"of {len(held_out)} held-out prompts leave no room for max_new_tokens={self.settings.max_new_tokens}"
+        if not prompts:
+            raise InvalidSettings(
+                f"{len(held_out)} {told}",
+                hint="lower actor.max_new_tokens, or leave actor.evaluation.every_updates out",
+            )
+        if len(prompts) < len(held_out):
+            log.warning("%d %s: they are left out of this evaluation", len(held_out) - len(prompts), told)
+        return prompts
+
     def _draw(self, prompts: Sequence[Prompt]) -> list[Group]:
         settings = self.settings.evaluation
-        size = settings.samples_per_prompt
-        completions = self.engine.generate(_requests(prompts, size, settings.sampling, self.settings))
-        if any(completion.finish_reason is FinishReason.ABORT for completion in completions):
-            return []
+        requests = _requests(prompts, settings.samples_per_prompt, settings.sampling, self.settings)
         return [
-            as_group(
-                self.task,
-                prompt,
-                completions[index * size : (index + 1) * size],
-                run_id=self.run_id,
-                split=Split.EVAL,
-                sampling=settings.sampling,
-            )
-            for index, prompt in enumerate(prompts)
+            as_group(self.task, prompt, drawn, run_id=self.run_id, split=Split.EVAL, sampling=settings.sampling)
+            for prompt, drawn in whole_groups(prompts, self.engine.generate(requests))
         ]
 
 

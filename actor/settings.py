@@ -58,7 +58,8 @@ class EvaluationSettings(Settings):
     """One version of each so many is evaluated, by one actor; the same for all actors of a run. null = none: an actor
     that evaluates does not generate."""
     num_prompts: Annotated[int, Field(ge=1)] = 64
-    """Held-out prompts, always the first ones of the task's list; fewer when it has fewer."""
+    """Held-out prompts, always the first ones of the task's list; fewer when it has fewer, and without those that
+    leave no room for `max_new_tokens`."""
     samples_per_prompt: Annotated[int, Field(ge=1)] = 8
     """Responses per prompt. pass@k is estimated for 1, 2, 4 ... up to this number."""
     sampling: SamplingSettings = SamplingSettings(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)

@@ -57,7 +57,8 @@ class TorchEngine:
         self._model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
         self._eos_id = eos_token_id(load_tokenizer(model_dir))
         self._vocab_size: int = self._model.get_input_embeddings().num_embeddings
-        self._max_tokens: int = config.max_position_embeddings
+        self.max_tokens: int = config.max_position_embeddings
+        """See Engine."""
         self._weights = _weights_by_names(self._model)
         self._model_dir = model_dir
         self._base: dict[str, Tensor] | None = None  # of adapters, once there was one
@@ -120,8 +121,8 @@ class TorchEngine:
 
     def score(self, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """See Engine. Raises InvalidRequest for fewer than 2 tokens or more than the model holds."""
-        if not 2 <= len(token_ids) <= self._max_tokens:
-            raise InvalidRequest(f"a sequence to score has 2 to {self._max_tokens} tokens, not {len(token_ids)}")
+        if not 2 <= len(token_ids) <= self.max_tokens:
+            raise InvalidRequest(f"a sequence to score has 2 to {self.max_tokens} tokens, not {len(token_ids)}")
         ids = torch.from_numpy(token_ids.astype(np.int64))[None]  # [1, N]
         with self._turns.take(), torch.inference_mode():
             logprobs = self._model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
@@ -132,10 +133,10 @@ class TorchEngine:
         prompt_ids, total = request.prompt_ids, len(request.prompt_ids) + request.max_new_tokens
         if not len(prompt_ids) or prompt_ids.min() < 0 or prompt_ids.max() >= self._vocab_size:
             raise InvalidRequest(f"a prompt needs at least one token, and ids from 0 to {self._vocab_size - 1}")
-        if request.max_new_tokens < 1 or total > self._max_tokens:
+        if request.max_new_tokens < 1 or total > self.max_tokens:
             raise InvalidRequest(
                 f"{len(prompt_ids)} prompt tokens and max_new_tokens={request.max_new_tokens} do not fit the"
-                f" {self._max_tokens} positions of the model",
+                f" {self.max_tokens} positions of the model",
                 hint="lower actor.max_new_tokens to at least 1 and at most the rest",
             )
 
@@ -179,7 +180,7 @@ class TorchEngine:
             input_ids=decoding.context[:, -1:],
             attention_mask=decoding.attention_mask,
             # a finished row that waits for compaction may run past the last position
-            position_ids=decoding.last_positions.clamp(max=self._max_tokens - 1),
+            position_ids=decoding.last_positions.clamp(max=self.max_tokens - 1),
             past_key_values=decoding.cache,
             use_cache=True,
         ).logits[:, -1]

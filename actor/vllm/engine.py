@@ -32,7 +32,7 @@ from actor.vllm.fetching import WeightSource, fetch
 from actor.vllm.plugin import BACKEND, WORKER_EXTENSION, check_version
 from actor.vllm.sampling import MAX_LOGPROBS, Limits, check_sampling
 from buffer.errors import CorruptWeights, InvalidSettings
-from buffer.types import FinishReason, PolicyVersion, SamplingSettings, VersionSpan
+from buffer.types import PolicyVersion, SamplingSettings, VersionSpan
 from buffer.weights.manifest import Manifest
 
 log = logging.getLogger(__name__)
@@ -58,8 +58,8 @@ class VllmEngine:
         if find_spec("vllm") is None:
             raise InvalidSettings(
                 "vLLM is not installed in this environment",
-                hint="install the vLLM environment with `make setup-vllm`, then run"
-                " `.venv-vllm/bin/stalewise act --engine vllm`, or set actor.vllm.url to a server that runs elsewhere",
+                hint="on a GPU machine: pip install '.[vllm]'; for the CPU build: `make setup-vllm`, then run"
+                " `.venv-vllm/bin/stalewise act --engine vllm`; or set actor.vllm.url to a server that runs elsewhere",
             )
         self._engine = _start(model_dir, settings, seed)
         self._limits = Limits(
@@ -83,6 +83,11 @@ class VllmEngine:
     def version(self) -> PolicyVersion:
         """The version of the weights in use; -1 before the first load."""
         return self._version
+
+    @property
+    def max_tokens(self) -> int:
+        """Prompt and response together, at most: what vLLM was started for."""
+        return self._limits.max_model_tokens
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
         """Draw all requests; vLLM batches them. Raises InvalidRequest, InvalidSettings.
@@ -177,7 +182,7 @@ class VllmEngine:
         (drawn,) = output.outputs
         flat = drawn.logprobs
         bounds = list(zip(flat.start_indices, flat.end_indices, strict=True))
-        kept_ids, kept_counts = self._limits.kept(
+        kept = self._limits.kept(
             request.sampling,
             (list(zip(flat.token_ids[start:end], flat.logprobs[start:end], strict=True)) for start, end in bounds),
         )
@@ -186,9 +191,9 @@ class VllmEngine:
             behavior_logprobs=np.array([flat.logprobs[start] for start, _ in bounds], np.float32),
             spans=spans_of(drawn.token_ids, adapter)
             or tuple(VersionSpan(start=s.start, end=s.end, version=int(s.version)) for s in drawn.weight_versions),
-            finish_reason=FinishReason(drawn.finish_reason),
-            kept_token_ids=kept_ids,
-            kept_token_counts=kept_counts,
+            finish_reason=kept.finish_reason(drawn.finish_reason),
+            kept_token_ids=kept.ids,
+            kept_token_counts=kept.counts,
         )
 
     def _run(

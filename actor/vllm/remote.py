@@ -32,7 +32,7 @@ from actor.vllm.fetching import WeightSource, fetch
 from actor.vllm.plugin import check_version
 from actor.vllm.sampling import MAX_LOGPROBS, Limits, check_sampling
 from buffer.errors import CorruptWeights, EngineUnreachable, InvalidRequest, InvalidSettings
-from buffer.types import FinishReason, PolicyVersion, SamplingSettings, VersionSpan
+from buffer.types import PolicyVersion, SamplingSettings, VersionSpan
 from buffer.weights.manifest import Manifest
 
 log = logging.getLogger(__name__)
@@ -91,6 +91,11 @@ class RemoteVllmEngine:
     def version(self) -> PolicyVersion:
         """The version of the weights in use; -1 before the first load, and once the server is found to have lost it."""
         return self._version
+
+    @property
+    def max_tokens(self) -> int:
+        """Prompt and response together, at most: what vLLM was started for."""
+        return self._limits.max_model_tokens
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
         """Draw all requests; vLLM batches them. Raises InvalidRequest, InvalidSettings, EngineUnreachable.
@@ -221,7 +226,7 @@ class RemoteVllmEngine:
         self, request: GenerationRequest, choice: dict[str, Any], adapter: LoadedAdapter | None
     ) -> Completion:
         drawn = choice["logprobs"]["content"] or []
-        kept_ids, kept_counts = self._limits.kept(
+        kept = self._limits.kept(
             request.sampling,
             ([(token["token_id"], token["logprob"]), *_pairs(token["top_logprobs"])] for token in drawn),
         )
@@ -229,9 +234,9 @@ class RemoteVllmEngine:
             response_ids=np.array(choice["token_ids"], np.int32),
             behavior_logprobs=np.array([token["logprob"] for token in drawn], np.float32),
             spans=spans_of(choice["token_ids"], adapter) or tuple(self._spans(choice["weight_versions"] or [])),
-            finish_reason=FinishReason(choice["finish_reason"]),
-            kept_token_ids=kept_ids,
-            kept_token_counts=kept_counts,
+            finish_reason=kept.finish_reason(choice["finish_reason"]),
+            kept_token_ids=kept.ids,
+            kept_token_counts=kept.counts,
         )
 
     def _spans(self, spans: list[dict[str, Any]]) -> Iterator[VersionSpan]:

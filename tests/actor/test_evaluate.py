@@ -1,12 +1,25 @@
+import threading
+from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 from statistics import mean
 
+import numpy as np
 import pytest
+from transformers import PreTrainedTokenizerFast
 
-from actor.evaluate import pass_at_k, summary
-from actor.settings import EvaluationSettings
+from actor.evaluate import Evaluator, pass_at_k, summary
+from actor.settings import ActorSettings, EvaluationSettings
+from actor.tasks import Prompt, RunningSums
+from actor.torch_engine import TorchEngine
+from buffer.errors import InvalidSettings
 from buffer.types import Split
-from tests.factories import make_group
+from buffer.weights.directory_store import DirectoryWeightStore
+from services.evaluations import BoardEvaluations
+from services.presence import MemoryBoard
+from tests.actor.publishing import publish
+from tests.actor.test_rollout import Interrupted
+from tests.factories import RUN_ID, make_group
 
 
 @pytest.mark.parametrize(("num_samples", "num_solved"), [(1, 0), (1, 1), (5, 0), (5, 2), (6, 5), (7, 7)])
@@ -47,3 +60,71 @@ def test_a_summary_is_over_prompts_and_says_which_versions_drew_it() -> None:
     assert evaluation.reward_mean == pytest.approx((1.9 + 0 + 3.9) / 12)
     assert (evaluation.num_prompts, evaluation.samples_per_prompt) == (3, 4)
     assert (evaluation.oldest_version, evaluation.newest_version) == (3, 4)
+
+
+@pytest.fixture
+def store(tmp_path: Path, model_dir: Path, keyframes: list[Path]) -> DirectoryWeightStore:
+    """Version 0 is published."""
+    store = DirectoryWeightStore(tmp_path)
+    publish(store, model_dir, keyframes[0], 0)
+    return store
+
+
+class FirstOnesLong(RunningSums):
+    """The first held-out prompts are longer than the model."""
+
+    num_long = 2
+
+    def held_out(self) -> list[Prompt]:
+        prompts = super().held_out()
+        long = [replace(prompt, token_ids=np.resize(prompt.token_ids, 121)) for prompt in prompts[: self.num_long]]
+        return [*long, *prompts[self.num_long :]]
+
+
+def _evaluator(engine: TorchEngine, task: RunningSums, store: DirectoryWeightStore) -> Evaluator:
+    evaluation = EvaluationSettings(every_updates=1, num_prompts=5, samples_per_prompt=2)
+    evaluator = Evaluator(
+        engine=engine,
+        task=task,
+        evaluations=BoardEvaluations(MemoryBoard(), store),
+        settings=ActorSettings(max_new_tokens=8, evaluation=evaluation),
+        run_id=RUN_ID,
+        actor_id="a",
+        solved_reward=1.0,
+        stop=threading.Event(),
+    )
+    assert evaluator.has_turn(0)
+    return evaluator
+
+
+def test_held_out_prompts_that_the_model_cannot_hold_are_left_out_and_said(
+    engine: TorchEngine,
+    tokenizer: PreTrainedTokenizerFast,
+    store: DirectoryWeightStore,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    task = FirstOnesLong(tokenizer, num_digits=4)
+    evaluator = _evaluator(engine, task, store)
+
+    groups = evaluator.evaluate(0)
+
+    assert [group.prompt_id for group in groups] == [prompt.prompt_id for prompt in task.held_out()[2:5]]
+    assert [result.num_prompts for result in evaluator.evaluations.read().results] == [3]
+    assert "2 of 5 held-out prompts leave no room for max_new_tokens=8" in caplog.text
+
+    task.num_long = 5
+    with pytest.raises(InvalidSettings, match="5 of 5 held-out prompts leave no room"):
+        evaluator.evaluate(0)
+
+
+def test_a_prompt_with_an_aborted_response_is_left_out_of_an_evaluation(
+    model_dir: Path, keyframes: list[Path], tokenizer: PreTrainedTokenizerFast, store: DirectoryWeightStore
+) -> None:
+    engine = Interrupted(model_dir, seed=1)  # at the fifth response, which is of the third prompt
+    engine.load(keyframes[0], 0)
+    task = RunningSums(tokenizer, num_digits=4)
+
+    groups = _evaluator(engine, task, store).evaluate(0)
+
+    wanted = [task.held_out()[index].prompt_id for index in (0, 1, 3, 4)]
+    assert [group.prompt_id for group in groups] == wanted

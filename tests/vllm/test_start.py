@@ -14,7 +14,7 @@ from actor.vllm.engine import VllmEngine
 from actor.vllm.fetching import WeightSource
 from actor.vllm.plugin import SUPPORTED, check_version
 from actor.vllm.remote import RemoteVllmEngine
-from actor.vllm.sampling import check_sampling
+from actor.vllm.sampling import Limits, check_sampling
 from buffer.errors import EngineUnreachable, InvalidSettings
 from buffer.types import SamplingSettings
 from tests.factories import UNTRUNCATED
@@ -39,6 +39,24 @@ def test_sampling_whose_logprobs_vllm_cannot_report_is_refused(
         check_sampling(SamplingSettings(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p))
 
 
+def test_a_response_whose_kept_ids_are_not_all_there_is_left_out_instead_of_ending_the_actor(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    limits = Limits(vocab_size=100, max_model_tokens=10, eos_id=1)
+    top_2 = SamplingSettings(temperature=1.0, top_p=1.0, top_k=2, min_p=0.0)
+    plain = [(7, -0.1), (3, -2.0), (4, -9999.0)]
+    tied = [(7, -0.1), *((id_, -2.0) for id_ in range(10, 19))]  # all 10 that were asked for
+
+    kept, torn = limits.kept(top_2, [plain, plain]), limits.kept(top_2, [plain, tied])
+
+    assert kept.ids is not None
+    assert kept.counts is not None
+    assert (kept.ids.tolist(), kept.counts.tolist()) == ([3, 7, 3, 7], [2, 2])
+    assert [of.finish_reason("stop") for of in (kept, torn, limits.kept(UNTRUNCATED, []))] == ["stop", "abort", "stop"]
+    assert limits.incomplete_total == 1
+    assert "1 responses so far are left out with their groups: 8 ids or more tie" in caplog.text
+
+
 def test_a_directory_without_a_config_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(InvalidSettings, match=r"holds no config\.json"):
         VllmEngine(tmp_path, VllmSettings(), sampling=UNTRUNCATED, seed=0, source=NOWHERE)
@@ -48,7 +66,7 @@ def test_a_directory_without_a_config_is_no_model(tmp_path: Path) -> None:
 def test_without_vllm_the_sentence_says_what_to_run(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
 
-    with pytest.raises(InvalidSettings, match="make setup-vllm"):
+    with pytest.raises(InvalidSettings, match=r"pip install '\.\[vllm\]'.*make setup-vllm"):
         VllmEngine(tmp_path, VllmSettings(), sampling=UNTRUNCATED, seed=0, source=NOWHERE)
 
 
