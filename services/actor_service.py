@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+ABORT_AGAIN_S = 0.05
+"""Seconds from one abort to the next: what a generation that began after a stop may last."""
 THREAD_END_S = 1.0
 """A thread in a long poll is not waited for: it is a daemon and holds nothing that a kill could break."""
 
@@ -118,10 +120,12 @@ class _Process:
         )
         sync.start()
         pulse.start()
-        threading.Thread(target=self._abort_when_told, args=(engine,), name="abort", daemon=True).start()
+        ended = threading.Event()
+        threading.Thread(target=abort_when_told, args=(engine, self.stop, ended), name="abort", daemon=True).start()
         try:
             loop.run()
         finally:
+            ended.set()
             self.stop.set()
             sync.join(THREAD_END_S)
             pulse.join(THREAD_END_S)
@@ -139,13 +143,16 @@ class _Process:
             stop=self.stop,
         )
 
-    def _abort_when_told(self, engine: Engine) -> None:
-        """End long generations when the process is told to stop; their groups are dropped."""
-        self.stop.wait()
+
+def abort_when_told(engine: Engine, stop: threading.Event, ended: threading.Event) -> None:
+    """End long generations once `stop` is set, also one that begins just then; their groups are dropped."""
+    stop.wait()
+    while not ended.wait(ABORT_AGAIN_S):
         try:
             engine.abort()
         except EngineUnreachable as error:  # then nothing is left to wait for
             log.warning("nothing to abort: %s", error)
+            return
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +173,10 @@ def _torch_engine(settings: ActorSettings, model_dir: Path, seed: int, feed: _Fe
 
 def _vllm_engine(settings: ActorSettings, model_dir: Path, seed: int, feed: _Feed) -> tuple[Engine, Receiver]:
     from actor.vllm.fetching import WeightSource
+    from actor.vllm.sampling import check_sampling
 
+    if settings.evaluation.every_updates is not None:  # the engine checks actor.sampling
+        check_sampling(settings.evaluation.sampling, setting="actor.evaluation.sampling")
     source = WeightSource(feed.client.url, feed.token)
     if settings.vllm.url is not None:
         from actor.vllm.remote import RemoteVllmEngine

@@ -4,22 +4,27 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from actor.decoding import Decoding
+from actor.engine import GenerationRequest
+from actor.torch_engine import TorchEngine
 from buffer.client import HttpTable, HttpWeightStore
 from buffer.codec import decode_group
 from buffer.connection import ServiceClient
 from buffer.errors import InvalidSettings, RunMismatch, ServiceUnreachable, StalewiseError
-from services.actor_service import run_actor
+from services.actor_service import abort_when_told, run_actor
 from services.settings import load_config
 from tests.actor.conftest import keyframes, model_dir, tokenizer
 from tests.actor.publishing import publish
-from tests.factories import RUN_ID
+from tests.factories import RUN_ID, UNTRUNCATED
 from tests.services.live import NO_RETRY, ServeProcess, make_context, serving, stalewise
 
 __all__ = ["keyframes", "model_dir", "tokenizer"]  # fixtures
@@ -182,6 +187,45 @@ def test_an_unknown_engine_an_odd_id_and_an_absent_service_are_one_sentence_each
         config = load_config(None, overrides=settings(tmp_path, url, model_dir))
         with pytest.raises(InvalidSettings, match=r"actor id '\.\./a' is not a plain name"):
             run_actor(config, actor_id="../a")
+
+
+def test_the_sampling_of_evaluations_is_checked_at_start_too(model_dir: Path, tmp_path: Path) -> None:
+    cold = (f"sampling.{value}" for value in ("temperature=0.001", "top_p=1", "top_k=0", "min_p=0"))
+    evaluation = [f"actor.evaluation.{value}" for value in ("every_updates=1", *cold)]
+    with serving(make_context(tmp_path / "service")) as url:
+        config = load_config(None, overrides=settings(tmp_path, url, model_dir, *evaluation))
+
+        with pytest.raises(InvalidSettings, match=r"actor\.evaluation\.sampling\.temperature=0\.001 is below 0\.01"):
+            run_actor(config, actor_id="a", engine="vllm")
+
+
+def test_a_generation_that_begins_just_after_a_stop_is_ended_too(model_dir: Path, keyframes: list[Path]) -> None:
+    class Slow(TorchEngine):
+        """5 ms a step; tells of each abort."""
+
+        aborted = threading.Event()
+
+        def _step(self, decoding: Decoding) -> None:
+            time.sleep(0.005)
+            super()._step(decoding)
+
+        def abort(self) -> None:
+            super().abort()
+            self.aborted.set()
+
+    engine, stop, ended = Slow(model_dir, seed=0), threading.Event(), threading.Event()
+    engine.load(keyframes[0], 0)
+    request = GenerationRequest(prompt_ids=np.array([3, 4], np.int32), sampling=UNTRUNCATED, max_new_tokens=120)
+    aborting = threading.Thread(target=abort_when_told, args=(engine, stop, ended))
+    aborting.start()
+    stop.set()
+    assert engine.aborted.wait(10)
+
+    completions = engine.generate([request] * 64)
+
+    ended.set()
+    aborting.join()
+    assert "abort" in {completion.finish_reason for completion in completions}
 
 
 def test_the_command_ends_with_code_2_on_a_wrong_run(model_dir: Path, tmp_path: Path) -> None:
