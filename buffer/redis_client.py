@@ -22,8 +22,11 @@ _REFUSALS = {
     "used memory > 'maxmemory'": ("Redis is out of memory", "raise its maxmemory, or lower table.capacity_bytes"),
     "GONE": ("Redis was away between a group and its insert", "try again"),
     "MISCONF": ("Redis cannot write to its disk", "free disk space, then try again"),
-    "READONLY": ("this Redis is a read-only replica", "connect to the primary"),
+    "read only replica": ("this Redis is a read-only replica", "connect to the primary"),
+    "NOREPLICAS": ("Redis has too few replicas to write", "bring its replicas back, or lower min-replicas-to-write"),
+    "BUSY Redis is busy": ("Redis is busy with a script", "try again in a moment"),
 }
+"""What stands in an error of Redis, or of a script that met it -> what that means, and what to do."""
 
 
 def connect(url: str) -> RedisClient:

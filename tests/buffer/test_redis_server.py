@@ -210,6 +210,17 @@ def test_damaged_data_is_a_sentence_with_the_last_line_of_the_log(tmp_path: Path
     assert caught.value.hint == f"see {tmp_path / 'redis.log'}"
 
 
+def test_a_log_of_redis_7_is_never_begun_anew_by_an_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data" / "appendonlydir").mkdir(parents=True)
+    monkeypatch.setattr("buffer.redis_server.shutil.which", lambda name: None)  # the wheel's own is 6.2
+
+    with (
+        pytest.raises(InvalidSettings, match=r"data was written by Redis 7 or newer, and .*v=6\.2\.\d+\) cannot read it"),
+        redis_server(tmp_path / "data", ALWAYS),
+    ):
+        pass
+
+
 def test_promises_are_read_from_the_live_server_and_must_hold(tmp_path: Path) -> None:
     with redis_server(tmp_path, RedisSettings(appendfsync="everysec")) as url, connect(url) as client:
         promises = check_promises(client, RedisSettings(appendfsync="everysec"))
