@@ -114,6 +114,7 @@ def load_config(
         raise InvalidSettings(_fault(error)) from None
     _check_pacing(config)
     _check_evaluations(config)
+    _check_sizes(config)
     return config
 
 
@@ -152,6 +153,15 @@ def _check_evaluations(config: RunConfig) -> None:
                 f"learner.{name}={json.dumps(wish)}, but nothing is evaluated",
                 hint="set actor.evaluation.every_updates",
             )
+
+
+def _check_sizes(config: RunConfig) -> None:
+    if config.table.max_group_bytes > config.service.max_body_bytes:
+        raise InvalidSettings(
+            f"table.max_group_bytes={config.table.max_group_bytes} is above "
+            f"service.max_body_bytes={config.service.max_body_bytes}: no request could bring such a group",
+            hint="raise service.max_body_bytes to at least twice as much",
+        )
 
 
 def _check_pacing(config: RunConfig) -> None:

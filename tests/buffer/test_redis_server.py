@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -248,5 +249,13 @@ def test_a_policy_that_evicts_is_refused_even_where_the_configuration_is_hidden(
 
 
 def test_url_that_is_none_is_refused() -> None:
-    with pytest.raises(InvalidSettings, match="redis url 'localhost'"):
+    with pytest.raises(InvalidSettings, match="redis url 'localhost' cannot be read: "):
         connect("localhost")
+
+
+@pytest.mark.parametrize("url", ["redis://me:hush/1@host:6379/0", "redis://:hush@host:x", "nonsense://h?password=hush"])
+def test_password_of_a_url_that_is_refused_is_not_repeated(url: str) -> None:
+    with pytest.raises(InvalidSettings, match=r"redis url .*\*\*\*.* cannot be read") as caught:
+        connect(url)
+
+    assert "hush" not in "".join(traceback.format_exception(caught.value))

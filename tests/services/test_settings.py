@@ -32,6 +32,9 @@ def test_later_sources_win(tmp_path: Path) -> None:
         ("run.runs_dir=007", 'run.runs_dir = "007"'),
         ("service.token=12345678", 'service.token = "**********"'),
         ("service.tokens.admin=1234567890", 'service.tokens.admin = ["**********"]'),
+        ("service.redis_url=redis://me:a/b@host:6379/1", 'service.redis_url = "redis://me:***@host:6379/1"'),
+        ("service.redis_url=unix:///s?db=1&password=a&x=y", 'service.redis_url = "unix:///s?db=1&password=***&x=y"'),
+        ("service.redis_url=redis://redis:6379/0", 'service.redis_url = "redis://redis:6379/0"'),
         ("service.url=null", "service.url = null"),
         ("run.name=demo-1", 'run.name = "demo-1"'),
         ('run.name="demo 1"'.replace(" ", ""), 'run.name = "demo1"'),
@@ -76,6 +79,10 @@ def test_values_are_toml_or_json_or_bare_words(override: str, expected: str) -> 
         ("table=3", "table: input should be a valid dictionary or instance of TableSettings, got 3"),
         ("run.name.first=x", 'run.name: input should be a valid string, got {"first": "x"}'),
         ("table.ttl_s", "--set table.ttl_s is not key=value (write for example --set table.ttl_s=60)"),
+        (
+            "table.max_group_bytes=200000000",
+            "table.max_group_bytes=200000000 is above service.max_body_bytes=134217728: no request could bring such a",
+        ),
         ("weights.store=gs://b", "weights.store: want directory or s3://bucket/prefix, got gs://b"),
         ("weights.store=s3://Weights", "weights.store: want directory or s3://bucket/prefix, got s3://Weights"),
         (
