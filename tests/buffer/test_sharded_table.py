@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from buffer.browsing import GroupQuery
+from buffer.codec import encode_group
 from buffer.errors import InvalidRequest, InvalidSettings
 from buffer.prompts import PromptStats
 from buffer.rate_limiter import RateLimiterSettings
@@ -267,6 +268,22 @@ def test_bad_priority_changes_no_shard(client: RedisClient) -> None:
 
     assert unchanged[0].info.probability == pytest.approx(1 / 12)
     assert (update.updated, update.unknown) == (12, 1)
+
+
+def test_a_full_shard_with_too_little_for_a_draw_leaves_it_to_the_others(client: RedisClient) -> None:
+    large = make_group(id_in(0), rewards=[0.0] * 200)
+    settings = TableSettings(shards=NUM_SHARDS, capacity_bytes=len(encode_group(large)) + 10)
+    table = open_table(client, settings, PAIRS, RUN_ID)
+    table.advance_version(0)
+
+    full = [result.outcome.value for result in table.insert([large, make_group(id_in(0, start=500))])]
+    waits = table.sample(request("r", 2))
+    table.insert([make_group(id_in(1)), make_group(id_in(1, start=500))])
+    drawn = table.sample(request("r", 2))
+
+    assert full == ["accepted", "full"]
+    assert waits == []
+    assert sorted(ids(drawn)) == sorted([id_in(1), id_in(1, start=500)])
 
 
 def test_number_of_shards_is_fixed_for_the_life_of_a_run(client: RedisClient) -> None:
