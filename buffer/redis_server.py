@@ -186,6 +186,6 @@ def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]", directory: P
     why = (
         f"ended with code {process.returncode}" if process.poll() is not None else f"did not answer in {timeout_s:g} s"
     )
-    log = directory / "redis.log"
-    last = log.read_text(errors="replace").strip().splitlines()[-1:] if log.is_file() else []
-    raise StoreUnavailable(f"our own Redis {why}: {' '.join(last) or 'it wrote no log'}", hint=f"see {log}")
+    written = directory / "redis.log"
+    last = written.read_text(errors="replace").strip().splitlines()[-1:] if written.is_file() else []
+    raise StoreUnavailable(f"our own Redis {why}: {' '.join(last) or 'it wrote no log'}", hint=f"see {written}")

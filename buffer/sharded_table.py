@@ -174,8 +174,8 @@ class ShardedTable:
         if not any(openings):
             return ""
         chances = shares(openings)
-        (shard,) = self._rng.choices(range(len(chances)), chances)
-        return f"{shard} {chances[shard]!r}"
+        (chosen,) = self._rng.choices(range(len(chances)), chances)
+        return f"{chosen} {chances[chosen]!r}"
 
     def _numbered(self, summary: GroupSummary, shard: int) -> GroupSummary:
         """Return a summary whose sequence number no other shard gives."""

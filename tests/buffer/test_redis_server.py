@@ -216,7 +216,9 @@ def test_a_log_of_redis_7_is_never_begun_anew_by_an_older_one(tmp_path: Path, mo
     monkeypatch.setattr("buffer.redis_server.shutil.which", lambda name: None)  # the wheel's own is 6.2
 
     with (
-        pytest.raises(InvalidSettings, match=r"data was written by Redis 7 or newer, and .*v=6\.2\.\d+\) cannot read it"),
+        pytest.raises(
+            InvalidSettings, match=r"data was written by Redis 7 or newer, and .*v=6\.2\.\d+\) cannot read it"
+        ),
         redis_server(tmp_path / "data", ALWAYS),
     ):
         pass

@@ -111,7 +111,7 @@ def test_a_redis_that_takes_no_writes_is_unavailable_until_it_does(
     table, board = open_table(client), RedisBoard(client, key="board")
     table.insert([make_group("a")])
 
-    client.execute_command(*make_refuse)
+    client.execute_command(*make_refuse)  # type: ignore[no-untyped-call]
     try:
         for call in (
             lambda: table.insert([make_group("b")]),
@@ -123,7 +123,7 @@ def test_a_redis_that_takes_no_writes_is_unavailable_until_it_does(
             with pytest.raises(StoreUnavailable, match=sentence):
                 call()
     finally:
-        client.execute_command(*make_accept)
+        client.execute_command(*make_accept)  # type: ignore[no-untyped-call]
 
     assert table.insert([make_group("b")])[0].outcome.value == "accepted"
     assert board.claim("evaluation", "note")

@@ -272,7 +272,7 @@ def test_bad_priority_changes_no_shard(client: RedisClient) -> None:
 
 def test_a_full_shard_with_too_little_for_a_draw_leaves_it_to_the_others(client: RedisClient) -> None:
     large = make_group(id_in(0), rewards=[0.0] * 200)
-    settings = TableSettings(shards=NUM_SHARDS, capacity_bytes=len(encode_group(large)) + 10)
+    settings = TableSettings(shards=NUM_SHARDS, capacity_bytes=len(encode_group(large)) + 500)
     table = open_table(client, settings, PAIRS, RUN_ID)
     table.advance_version(0)
 
@@ -280,10 +280,14 @@ def test_a_full_shard_with_too_little_for_a_draw_leaves_it_to_the_others(client:
     waits = table.sample(request("r", 2))
     table.insert([make_group(id_in(1)), make_group(id_in(1, start=500))])
     drawn = table.sample(request("r", 2))
+    fill_all = [make_group(id_in(shard, start=700), rewards=[0.0] * 200) for shard in (1, 2)]
+    table.insert([*fill_all, *(make_group(id_in(shard, start=900)) for shard in (1, 2))])
 
     assert full == ["accepted", "full"]
     assert waits == []
     assert sorted(ids(drawn)) == sorted([id_in(1), id_in(1, start=500)])
+    with pytest.raises(InvalidRequest, match="the table has no room for more groups"):
+        table.sample(request("s", 2))
 
 
 def test_number_of_shards_is_fixed_for_the_life_of_a_run(client: RedisClient) -> None:
@@ -318,4 +322,6 @@ def test_weighting_is_fixed_while_groups_are_stored(client: RedisClient, shards:
     emptied = table(by_priority)
     emptied.insert([make_group(f"next-{name}") for name in NAMES])
     drawn = [emptied.sample(request(f"next-{name}", selector=Weighted(by="priority"))) for name in NAMES]
-    assert sorted(ids(sum(drawn, []))) == sorted(f"next-{name}" for name in NAMES)
+    assert sorted(group_id for samples in drawn for group_id in ids(samples)) == sorted(
+        f"next-{name}" for name in NAMES
+    )

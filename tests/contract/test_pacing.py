@@ -98,6 +98,7 @@ def test_pacing_is_back_as_soon_as_a_group_finds_room(make_table: TableFactory) 
     assert draw(table, 1) == []
 
 
+@pytest.mark.parametrize("make_table", ["memory", "redis", "http"], indirect=True)  # of shards all must be full
 def test_a_draw_that_a_full_table_can_never_serve_is_refused_with_the_cure(make_table: TableFactory) -> None:
     limiter = RateLimiterSettings(min_size=4, error_buffer=8)
     table = make_table(TableSettings(capacity_bytes=3 * size_bytes("a")), limiter)
