@@ -10,9 +10,9 @@ from tests.docs.rest_reference import Schema, record_of, text_of, type_of
 PAGE = Path(__file__).parents[2] / "docs/settings.md"
 HEAD = """# Settings
 
-Generated from the settings' own fields and docstrings by `python -m tests.docs.settings_reference`; a test holds it against
-the code. `stalewise settings` takes what the other commands take (`--config`, `--set`, the environment) and prints every
-resolved value, tokens masked; an unknown name is refused, with the nearest that exist.
+Generated from the settings' own fields and docstrings by `python -m tests.docs.settings_reference`; a test holds it
+against the code. `stalewise settings` takes what the other commands take (`--config`, `--set`, the environment) and
+prints every resolved value, tokens masked; an unknown name is refused, with the nearest that exist.
 
 Later wins:
 
@@ -22,17 +22,17 @@ Later wins:
    secrets: `STALEWISE_SERVICE__TOKEN_FILE=/run/secrets/token`. An empty variable is an unset one;
 4. `--set limiter.min_size=320`, as often as needed.
 
-Values outside the file are TOML or JSON literals (`--set 'learner.selector={kind = "mix", fresh = 0.5}'`), bare words are
-texts. null and None are one thing; TOML has no word for it: leave the setting out, or `--set table.ttl_s=null`.
+Values outside the file are TOML or JSON literals (`--set 'learner.selector={kind = "mix", fresh = 0.5}'`), bare words
+are texts. null and None are one thing; TOML has no word for it: leave the setting out, or `--set table.ttl_s=null`.
 
-Give every process of a run the same settings: each checks at start that they fit together and reads what is its own. What may
-differ is where a process is and who it is: `service.url`, `service.token`, `learner.device`, `log`.
+Give every process of a run the same settings: each checks at start that they fit together and reads what is its own.
+What may differ is where a process is and who it is: `service.url` and `token`, `learner.device`, `run.runs_dir`, `log`.
 
 | section | who reads it |
 |---|---|
 | `run` | every process |
-| `service` | `serve`; its clients read `url`, `token`, and without a `url` `host` and `port`; with `samples_from_redis` \
-`learn` reads `redis_url` |
+| `service` | `serve`; its clients read `url`, `token`, `host` and `port`, `learn` also `redis_url` and \
+`samples_from_redis` |
 | `client` | `learn`, `act`, `stats` and whoever else calls the service |
 | `redis` | `serve` |
 | `table` | `serve`; `learn` reads `max_age_updates`, with `samples_from_redis` all of it; `act` reads `solved_reward` |
@@ -58,7 +58,7 @@ def reference(schema: Schema) -> str:
 def _section(
     section: Schema, above: tuple[str, ...], said: str, defaults: Schema, known: Schema, shown: set[str]
 ) -> Iterator[str]:
-    """Yield what is said of a section and its table, then the sections in it; `shown` gets the records that they are."""
+    """Yield what is said of a section, its table, then the sections in it; `shown` gets the records that they are."""
     parts = {name: of["$ref"].rpartition("/")[2] for name, of in section["properties"].items() if "$ref" in of}
     plain = {name: of for name, of in section["properties"].items() if name not in parts}
     if above:
