@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-from buffer.client import ClientSettings, HttpTable, HttpWeightStore, ServiceClient
+from buffer.client import HttpTable, HttpWeightStore, ServiceClient
 from buffer.errors import InvalidSettings, RunMismatch, StalewiseError
 from buffer.evaluations_client import HttpEvaluations
 from buffer.fingerprint import model_fingerprint
@@ -50,7 +50,7 @@ from services.settings import RunConfig, connect, log_settings
 
 log = logging.getLogger(__name__)
 
-REPORT_CLIENT = ClientSettings(connect_timeout_s=2.0, read_timeout_s=2.0, retry_budget_s=0.0)
+REPORT_CLIENT = {"connect_timeout_s": 2.0, "read_timeout_s": 2.0, "retry_budget_s": 0.0}
 """A report that is lost is followed by another one: it must not hold up a step."""
 MAX_PENDING_REPORTS = 4
 """Reports on their way; while there are so many, further ones are lost."""
@@ -330,4 +330,4 @@ def _watch_evaluations(config: RunConfig, model_dir: Path, stop: threading.Event
 
 
 def _report_client(config: RunConfig) -> ServiceClient:
-    return connect(config.model_copy(update={"client": REPORT_CLIENT}))
+    return connect(config.model_copy(update={"client": config.client.model_copy(update=REPORT_CLIENT)}))

@@ -1,12 +1,13 @@
 """Who may move when, and that there is always somebody who may."""
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 
 from buffer.errors import InvalidRequest, InvalidSettings
 from buffer.rate_limiter import RateLimiterSettings
-from buffer.selectors import Fresh, Mix, Uniform
+from buffer.selectors import Fresh, Mix, Selector, Uniform
 from buffer.table import TableSettings
 from buffer.types import InsertOutcome
 from tests.conftest import Clock
@@ -203,7 +204,7 @@ def test_one_fresh_draw_and_two_replayed_ones_at_three_samples_per_insert_flow_f
 ) -> None:
     limiter = RateLimiterSettings(samples_per_insert=3, min_size=4, error_buffer=6)
     table = make_table(settings, limiter)
-    selectors = itertools.cycle([Fresh(), Uniform(), Uniform()])
+    selectors: Iterator[Selector] = itertools.cycle([Fresh(), Uniform(), Uniform()])
     waiting, num_draws, num_inserted = next(selectors), 0, 0
     while num_draws < 60:
         moved = insert(table, make_group(f"g{num_inserted}")) == ["accepted"]
