@@ -28,11 +28,11 @@ from buffer.trained import TrainedGroup
 from buffer.types import Sample
 from buffer.wire import LearnerReport
 from learner.admission import Admission
-from learner.best import BestWeights
 from learner.checkpoint import Checkpoints
 from learner.distributed import Ranks, joined
 from learner.evaluation import EvaluationWatch
 from learner.following import follow
+from learner.kept import KeptVersion
 from learner.loop import LearnerLoop, take_up
 from learner.lora import AdapterPolicy
 from learner.objectives.acceptance import acceptance_sentence
@@ -194,6 +194,10 @@ def _learn(
         now=time.monotonic,
         ranks=ranks,
     ).run()
+    latest = publisher.latest_version()
+    if config.learner.keep_final and latest is not None and trainer.progress.updates >= config.learner.total_updates:
+        directory = config.run.directory / "learner"
+        KeptVersion(HttpWeightStore(client), directory, "final", model_dir=model_dir).keep(latest)
 
 
 def check_ranks(config: RunConfig, ranks: Ranks) -> None:
@@ -318,7 +322,7 @@ def _watch_evaluations(config: RunConfig, model_dir: Path, stop: threading.Event
     best = None
     if config.learner.keep_best:
         client = stack.enter_context(closing(connect(config, stopping=stop)))
-        best = BestWeights(HttpWeightStore(client), directory, model_dir=model_dir)
+        best = KeptVersion(HttpWeightStore(client), directory, "best", model_dir=model_dir)
     watch = EvaluationWatch(
         HttpEvaluations(stack.enter_context(closing(_report_client(config)))),
         directory / "evaluations.jsonl",
