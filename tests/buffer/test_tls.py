@@ -2,7 +2,6 @@
 
 import http.server
 import ssl
-import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -15,6 +14,7 @@ from buffer.client import HttpWeightStore
 from buffer.connection import ClientSettings, ServiceClient
 from buffer.errors import InvalidSettings, ServiceUnreachable
 from buffer.weights.manifest import Payload
+from tests.certificates import self_signed
 
 BODY = b"weights"
 PAYLOAD = Payload(kind="keyframe", version=0, sha256=sha256(BODY).hexdigest(), size_bytes=len(BODY))
@@ -37,13 +37,7 @@ class Blob(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A certificate of 127.0.0.1 signed by itself, its key beside it."""
-    path = tmp_path_factory.mktemp("tls") / "certificate.pem"
-    names = ["-subj", "/CN=here", "-addext", "subjectAltName=IP:127.0.0.1"]
-    new = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    files = ["-out", str(path), "-keyout", str(path.with_suffix(".key"))]
-    subprocess.run([*new, "-days", "2", *names, *files], check=True, capture_output=True)
-    return path
+    return self_signed(tmp_path_factory.mktemp("tls"))
 
 
 @pytest.fixture
