@@ -12,7 +12,7 @@ HEAD = """# Settings
 
 Generated from the settings' own fields and docstrings by `python -m tests.docs.settings_reference`; a test holds it
 against the code. `stalewise settings` takes what the other commands take (`--config`, `--set`, the environment) and
-prints every resolved value, tokens masked; an unknown name is refused, with the nearest that exist.
+prints every resolved value, secrets masked; an unknown name is refused, with the nearest that exist.
 
 Later wins:
 
