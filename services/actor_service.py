@@ -167,7 +167,7 @@ def _torch_engine(settings: ActorSettings, model_dir: Path, seed: int, feed: _Fe
 def _vllm_engine(settings: ActorSettings, model_dir: Path, seed: int, feed: _Feed) -> tuple[Engine, Receiver]:
     from actor.vllm.fetching import WeightSource
 
-    source = WeightSource(feed.client.url, feed.token)
+    source = WeightSource(feed.client.url, feed.token, feed.client.settings.ca_file)
     if settings.vllm.url is not None:
         from actor.vllm.remote import RemoteVllmEngine
 

@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field, JsonValue, SecretStr, ValidationError
 from actor.settings import ActorSettings
 from buffer.connection import ClientSettings, ServiceClient
 from buffer.errors import InvalidRequest, InvalidSettings
-from buffer.rate_limiter import RateLimiterSettings, check_draw, check_settings
+from buffer.rate_limiter import RateLimiterSettings, check_draw, check_fresh_share, check_settings
 from buffer.redis_server import RedisSettings
 from buffer.selectors import check_weighting
 from buffer.settings import Settings
@@ -181,6 +181,8 @@ def _check_pacing(config: RunConfig) -> None:
                 f"{error.detail}",
                 hint=error.hint,
             ) from None
+    cycle = [learner.selector] + learner.replay_updates * [learner.replay_selector]
+    check_fresh_share(learner.groups_per_update, cycle, config.limiter)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -11,6 +11,13 @@ from services.address import write_address
 from services.settings import RunConfig, connect, describe, load_config
 from tests.services.live import stalewise
 
+REVAL_SCHEDULE = [
+    "limiter.samples_per_insert=4",
+    "learner.selector={kind = 'fresh'}",
+    "learner.replay_updates=3",
+]
+"""One fresh update, then three replayed ones."""
+
 
 def test_later_sources_win(tmp_path: Path) -> None:
     toml = tmp_path / "recipe.toml"
@@ -110,11 +117,42 @@ def test_bad_setting_is_one_sentence_that_names_it_and_shows_no_token(override: 
 
 
 def test_replayed_draws_must_be_possible_too() -> None:
-    mixed = ["learner.replay_selector={kind = 'mix', fresh = 0.5}", "limiter.samples_per_insert=4"]
+    weighted = ["learner.replay_selector={kind = 'weighted', by = 'recency'}"]
 
-    load_config(None, overrides=mixed)
-    with pytest.raises(InvalidSettings, match=r"by learner\.replay_selector can never be served: 50% of the draw must"):
-        load_config(None, overrides=[*mixed, "learner.replay_updates=1"])
+    load_config(None, overrides=weighted)
+    with pytest.raises(
+        InvalidSettings, match=r"by learner\.replay_selector can never be served: the draw is weighted by"
+    ):
+        load_config(None, overrides=[*weighted, "learner.replay_updates=1"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "shares"),
+    [
+        (["limiter.samples_per_insert=2", "learner.selector={kind = 'fresh'}"], ("100%", "50%")),
+        (["limiter.samples_per_insert=2", "learner.selector={kind = 'mix', fresh = 0.75}"], ("75%", "50%")),
+        (["limiter.samples_per_insert=4", "learner.replay_selector={kind = 'mix', fresh = 0.5}"], None),
+        (
+            [
+                "limiter.samples_per_insert=5",
+                "learner.replay_selector={kind = 'mix', fresh = 0.5}",
+                "learner.replay_updates=1",
+            ],
+            ("25%", "20%"),
+        ),
+        (REVAL_SCHEDULE, None),
+        ([*REVAL_SCHEDULE, "limiter.samples_per_insert=4.5"], ("25%", "22%")),
+    ],
+)
+def test_draws_may_want_as_many_fresh_groups_as_come_in(overrides: list[str], shares: tuple[str, str] | None) -> None:
+    if shares is None:
+        load_config(None, overrides=overrides)
+        return
+    with pytest.raises(InvalidSettings) as caught:
+        load_config(None, overrides=overrides)
+
+    assert caught.value.detail.startswith(f"{shares[0]} of what the learner draws must be fresh")
+    assert caught.value.detail.endswith(f"only {shares[1]} can be")
 
 
 @pytest.mark.parametrize("command", ["serve", "learn", "act", "demo"])
