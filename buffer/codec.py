@@ -24,6 +24,8 @@ MAX_MAP_ITEMS = 1 << 16
 _BYTES_PER_CONTAINER = 16
 """The smallest container of a real record, a span, takes more; an empty list takes 1 byte here and 56 in memory."""
 
+TOO_MANY_CONTAINERS = "more lists and maps than a record of this size can hold"
+
 _SHOWN_CHARACTERS = 60
 
 
@@ -136,7 +138,7 @@ def unpack(data: bytes, *, max_bytes: int) -> object:
     """
     if len(data) > max_bytes:
         raise Oversize(f"the message has {len(data)} bytes, the limit is {max_bytes}", hint="send fewer groups at once")
-    budget = _ContainerBudget(16 + len(data) // _BYTES_PER_CONTAINER)
+    budget = _ContainerBudget(most_containers(len(data)))
     try:
         value: object = msgpack.unpackb(
             data,
@@ -151,6 +153,11 @@ def unpack(data: bytes, *, max_bytes: int) -> object:
     return value
 
 
+def most_containers(num_bytes: int) -> int:
+    """Return how many lists and maps a message of a size may hold: more than any real record does."""
+    return 16 + num_bytes // _BYTES_PER_CONTAINER
+
+
 class _ContainerBudget:
     """Counts lists and maps, so that a small message cannot unfold into a large heap."""
 
@@ -160,7 +167,7 @@ class _ContainerBudget:
     def spend(self, container: C) -> C:
         self._left -= 1
         if self._left < 0:
-            raise ValueError("more lists and maps than a record of this size can hold")
+            raise ValueError(TOO_MANY_CONTAINERS)
         return container
 
 

@@ -3,11 +3,13 @@
 import http.client
 import logging
 import random
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from http import HTTPStatus
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 from urllib.parse import quote
 
@@ -15,7 +17,7 @@ import httpx
 from pydantic import Field
 
 from buffer import errors
-from buffer.errors import DrawLost, ServiceUnreachable, StalewiseError, StoreUnavailable
+from buffer.errors import DrawLost, InvalidSettings, ServiceUnreachable, StalewiseError, StoreUnavailable
 from buffer.request_id import HEADER, current_request_id, request_scope
 from buffer.settings import Settings
 from buffer.wire import JSON, MSGPACK, Heartbeat, LearnerReport, RunInfo, decode, encode, parse
@@ -59,6 +61,9 @@ class ClientSettings(Settings):
     """First pause between attempts; doubled each time, with jitter, so that many actors do not return at once."""
     retry_max_s: Annotated[float, Field(gt=0)] = 5.0
     """Longest pause between attempts."""
+    ca_file: Path | None = None
+    """Certificates (PEM) of the authorities to trust for an https:// service, in place of the usual ones: for a private
+    authority, or a self-signed certificate. null = those of the certifi package."""
 
 
 class ServiceClient:
@@ -66,7 +71,7 @@ class ServiceClient:
 
     Every request is safe to repeat, so a lost answer, a proxy's error or StoreUnavailable is retried until the budget
     is spent; then ServiceUnreachable or StoreUnavailable is raised (DrawLost at once). `stopping` ends the pauses
-    between attempts: a last attempt follows at once.
+    between attempts: a last attempt follows at once. Raises InvalidSettings where settings.ca_file has no certificates.
     """
 
     def __init__(
@@ -88,11 +93,13 @@ class ServiceClient:
         self._stopping = stopping or threading.Event()
         self._monotonic = monotonic
         self._jitter = jitter or random.Random()
+        self._tls = _tls(self.settings.ca_file)
         self._http = httpx.Client(
             base_url=self.url,
             headers=self._headers,
             timeout=httpx.Timeout(self.settings.read_timeout_s, connect=self.settings.connect_timeout_s),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=8),
+            verify=self._tls,
             trust_env=False,
         )
 
@@ -154,8 +161,10 @@ class ServiceClient:
     def raw_connection(self) -> http.client.HTTPConnection:
         """Return a new connection for bodies that are received straight into memory: see `raw_get`."""
         url = httpx.URL(self.url)
-        kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
-        return kind(url.host, url.port, timeout=self.settings.read_timeout_s)
+        timeout_s = self.settings.read_timeout_s
+        if url.scheme == "https":
+            return http.client.HTTPSConnection(url.host, url.port, timeout=timeout_s, context=self._tls)
+        return http.client.HTTPConnection(url.host, url.port, timeout=timeout_s)
 
     def raw_get(
         self, connection: http.client.HTTPConnection, path: str, headers: Mapping[str, str]
@@ -215,6 +224,17 @@ class ServiceClient:
                 log.warning("%s; retrying for up to %g s", problem, self.settings.retry_budget_s)
             self.retries_total += 1
             pause_s = min(2 * pause_s, self.settings.retry_max_s)
+
+
+def _tls(ca_file: Path | None) -> ssl.SSLContext:
+    if ca_file is None:
+        return httpx.create_ssl_context(trust_env=False)
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except OSError as error:
+        raise InvalidSettings(
+            f"client.ca_file={ca_file} cannot be used: {error}", hint="give a file of certificates in PEM"
+        ) from error
 
 
 def body_of(response: httpx.Response) -> Any:

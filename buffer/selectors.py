@@ -79,7 +79,7 @@ def check_weighting(selector: Selector, weighting: Weighting | None) -> None:
         kept = "not set" if weighting is None else repr(weighting.by)
         raise InvalidRequest(
             f"the draw is weighted by {rest.by!r}, but table.weighting.by is {kept}",
-            hint="name the table's weighting, or start the service with another one",
+            hint="name the table's weighting, or begin a run with another one",
         )
 
 

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from buffer.browsing import GroupPage, GroupQuery, GroupSummary
 from buffer.codec import EncodedGroup, encoded
 from buffer.encoded import EncodedSample
+from buffer.errors import InvalidRequest
 from buffer.prompts import PromptCounts, PromptPage, PromptStats, check_page, prompt_page
 from buffer.rate_limiter import Pace, RateLimiterSettings, check_request, reuse_mean
 from buffer.selectors import Uniform, Weighted, check_weighting, num_fresh, rest_of
-from buffer.sharding import Shard, shard_of, shares
+from buffer.sharding import Opening, Shard, shard_of, shares
 from buffer.table import PriorityUpdate, SampleRequest, TableSettings, TableStats, Wait
 from buffer.types import Group, InsertResult, Part, PartResult, PolicyVersion, Sample
 from buffer.weighting import checked_priorities
@@ -156,13 +157,25 @@ class ShardedTable:
         return indexes
 
     def _choose(self, request: SampleRequest) -> str:
-        """Return a pin on one of the shards that need not wait, by lot; "" when there is none."""
-        openings = [shard.look(request) for shard in self._shards]
+        """Return a pin on one of the shards that need not wait, by lot; "" when there is none.
+
+        Raises InvalidRequest when every shard is full with too little for the draw.
+        """
+        openings: list[Opening | None] = []
+        misfits: list[InvalidRequest] = []
+        for shard in self._shards:
+            try:
+                openings.append(shard.look(request))
+            except InvalidRequest as error:
+                openings.append(None)
+                misfits.append(error)
+        if len(misfits) == len(self._shards):
+            raise misfits[0]
         if not any(openings):
             return ""
         chances = shares(openings)
-        (shard,) = self._rng.choices(range(len(chances)), chances)
-        return f"{shard} {chances[shard]!r}"
+        (chosen,) = self._rng.choices(range(len(chances)), chances)
+        return f"{chosen} {chances[chosen]!r}"
 
     def _numbered(self, summary: GroupSummary, shard: int) -> GroupSummary:
         """Return a summary whose sequence number no other shard gives."""

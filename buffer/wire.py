@@ -11,7 +11,7 @@ import pydantic_core
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from buffer.browsing import GroupSummary
-from buffer.codec import intact_group_from_record, sentence, unpack
+from buffer.codec import TOO_MANY_CONTAINERS, intact_group_from_record, most_containers, sentence, unpack
 from buffer.errors import InvalidRecord, InvalidRequest
 from buffer.evaluations import EvaluationBoard
 from buffer.rate_limiter import RateLimiterSettings
@@ -37,6 +37,9 @@ JSON = "application/json"
 MSGPACK = "application/msgpack"
 JSON_LINES = "application/jsonl"
 
+_HARMLESS_BYTES = 1 << 16
+"""JSON of that size may hold what it likes: brackets stand in texts, too, and are counted unread."""
+
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
@@ -48,7 +51,7 @@ class Envelope(Record, Generic[T]):
     """Submitted groups, not yet judged one by one."""
 
     schema_number: SchemaNumber = SCHEMA
-    groups: Annotated[list[T], Field(min_length=1)]
+    groups: Annotated[list[T], Field(min_length=1, max_length=MAX_ITEMS)]
 
 
 class InsertRequest(Envelope[Group]):
@@ -59,7 +62,7 @@ class PartsEnvelope(Record, Generic[T]):
     """Submitted parts of groups, not yet judged one by one."""
 
     schema_number: SchemaNumber = SCHEMA
-    trajectories: Annotated[list[T], Field(min_length=1)]
+    trajectories: Annotated[list[T], Field(min_length=1, max_length=MAX_ITEMS)]
 
 
 class PartsRequest(PartsEnvelope[Part]):
@@ -242,7 +245,7 @@ class ServiceStats(Record):
     store: StoreStatus
     evaluations: EvaluationBoard
     promises: dict[str, str]
-    """What the store guarantees, as it answers itself: appendfsync, maxmemory_policy."""
+    """What the store guarantees, as it said when the service started: appendfsync, maxmemory_policy."""
     uptime_s: float
     """Seconds since this service process started."""
 
@@ -260,6 +263,8 @@ def decode(raw: bytes, media_type: str) -> Any:
     """Return the plain value of a body. Raises InvalidRecord or InvalidRequest; NaN and Infinity are not JSON."""
     if media_type == MSGPACK:
         return unpack(raw, max_bytes=len(raw))
+    if len(raw) > _HARMLESS_BYTES and raw.count(b"[") + raw.count(b"{") > most_containers(len(raw)):
+        raise InvalidRequest(f"the body has {TOO_MANY_CONTAINERS}")
     try:
         return pydantic_core.from_json(raw, allow_inf_nan=False)
     except ValueError as error:

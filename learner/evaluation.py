@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from buffer.errors import CorruptWeights, NotFound, ServiceUnreachable, StoreUnavailable
 from buffer.evaluations import Evaluation, Evaluations, best_version
 from buffer.types import PolicyVersion
-from learner.best import BestWeights
+from learner.kept import KeptVersion
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class EvaluationWatch:
         path: Path,
         *,
         patience_evaluations: int | None,
-        best_weights: BestWeights | None,
+        best_weights: KeptVersion | None,
         stop: threading.Event,
     ) -> None:
         """`best_weights` None = they stay in the weight store alone."""
@@ -79,12 +79,12 @@ class EvaluationWatch:
         if self._best_weights is not None and self._results:
             self._keep_best(self._best_weights)
 
-    def _keep_best(self, weights: BestWeights) -> None:
+    def _keep_best(self, weights: KeptVersion) -> None:
         """Keep the best version; what fails is tried again at the next look."""
         best = best_version(self._results)
         assert best is not None
         try:
-            weights.keep(self._results[best])
+            weights.keep(best, self._results[best])
         except (NotFound, CorruptWeights, ServiceUnreachable, StoreUnavailable, OSError) as error:
             if best != self._not_kept:
                 log.warning("version %d, the best one, is not kept yet: %s", best, error)

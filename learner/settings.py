@@ -121,6 +121,9 @@ class LearnerSettings(Settings):
     keep_best: bool = False
     """Keep the weights of the version with the best pass@1 as a model directory, `learner/best` of the run's: one model
     on disk more, fetched from the weight store at each new best. Off: they stay in the store, which pins them."""
+    keep_final: bool = True
+    """Keep the last version as a model directory, `learner/final` of the run's, once total_updates are done: one model
+    on disk more, fetched from the weight store."""
     reference_reset_every: Annotated[int, Field(ge=1)] | None = None
     """Updates after which the reference becomes the current policy, again and again; ReVal uses 200. None = never."""
     reference_cache_bytes: Annotated[int, Field(ge=0)] = 256 << 20

@@ -177,7 +177,7 @@ def _vllm_engine(settings: ActorSettings, model_dir: Path, seed: int, feed: _Fee
 
     if settings.evaluation.every_updates is not None:  # the engine checks actor.sampling
         check_sampling(settings.evaluation.sampling, setting="actor.evaluation.sampling")
-    source = WeightSource(feed.client.url, feed.token)
+    source = WeightSource(feed.client.url, feed.token, feed.client.settings.ca_file)
     if settings.vllm.url is not None:
         from actor.vllm.remote import RemoteVllmEngine
 

@@ -73,7 +73,7 @@ def act(
     config: Config = None,
     overrides: Overrides = [],  # noqa: B006
     actor_id: Annotated[
-        str | None, typer.Option("--actor-id", help="Name of this actor; default: host and pid.")
+        str | None, typer.Option("--actor-id", help="Name of this actor; default: the first free HOST-NUMBER.")
     ] = None,
     engine: Annotated[str | None, typer.Option("--engine", help="torch or vllm; overrides actor.engine.")] = None,
 ) -> None:

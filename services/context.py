@@ -10,6 +10,7 @@ from pydantic import Field, SecretStr
 
 from buffer.evaluations import Evaluations
 from buffer.rate_limiter import RateLimiterSettings
+from buffer.redis_client import RedisUrl
 from buffer.settings import Settings
 from buffer.table import ServedTable, TableSettings
 from buffer.weights.store import ServedWeightStore
@@ -32,8 +33,9 @@ class ServiceSettings(Settings):
     for them, one for Redis included; docs/scaling.md has the cost per group."""
     url: str | None = None
     """Where learner, actors and `stats` find the service. None = the run's service.json, else host and port."""
-    redis_url: str | None = None
-    """A Redis of yours, such as redis://redis:6379/0. None = the service starts its own."""
+    redis_url: RedisUrl | None = None
+    """A Redis of yours, such as redis://redis:6379/0 or rediss://user:password@host:6379. None = the service starts its
+    own. A password in it is not shown where settings are."""
     samples_from_redis: bool = False
     """Whether the learner reads its batches from `redis_url` itself: less work for each, but whoever reaches Redis may
     do anything to the run, so only inside a network that you trust. table and limiter must be those of the service."""
@@ -42,7 +44,8 @@ class ServiceSettings(Settings):
     tokens: TokenSettings = TokenSettings()
     """The bearer tokens that the service knows, by role."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 128 << 20
-    """Largest body of a request, payloads of weights apart; twice table.max_group_bytes, so that any group fits."""
+    """Largest body of a request, payloads of weights apart; twice table.max_group_bytes: room for any group in msgpack.
+    In JSON the numbers of a group take two to four times as much."""
     max_blob_bytes: Annotated[int, Field(ge=1024)] = 64 << 30
     """Largest payload of weights; 64 GiB holds a model of 32 B parameters in bfloat16."""
     poll_s: Annotated[float, Field(gt=0)] = 0.02
@@ -74,7 +77,7 @@ class ServiceContext:
     """Asks the stores how much room they have."""
     evaluations: Evaluations
     promises: Callable[[], Mapping[str, str]]
-    """Asks the store what it guarantees now: appendfsync, maxmemory_policy."""
+    """What the store guarantees, as it said when the service started: appendfsync, maxmemory_policy."""
     closing: threading.Event = field(default_factory=threading.Event)
     """Set when the service drains: requests that wait answer at once, with nothing."""
     monotonic: Callable[[], float] = time.monotonic

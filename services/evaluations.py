@@ -58,7 +58,10 @@ class BoardEvaluations:
         self._clock = clock
 
     def claim(self, claim: EvaluationClaim) -> ClaimAnswer:
-        """See Evaluations. A granted version is pinned: if it turns out to be the best, its weights are there."""
+        """See Evaluations. A granted version is pinned: if it turns out to be the best, its weights are there.
+
+        Repeating a granted claim is harmless: a retry after a lost answer.
+        """
         interval = claim.version // claim.every_updates * claim.every_updates
         notes = self._board.notes()
         if f"{_RESULT}{interval}" in notes:
@@ -67,6 +70,8 @@ class BoardEvaluations:
         for note in attempts.values():
             other = _Claim.model_validate_json(note)
             left_s = other.claimed_s + other.lease_s - self._clock()
+            if left_s > 0 and (other.actor_id, other.version) == (claim.actor_id, claim.version):
+                return ClaimAnswer(granted=True, reason="")
             if left_s > 0:
                 return _refused(f"actor {other.actor_id} evaluates version {other.version}", ask_again_s=left_s)
         if len(attempts) >= MAX_ATTEMPTS:
@@ -80,6 +85,7 @@ class BoardEvaluations:
         except NotFound as error:
             self._board.drop([name])
             return _refused(f"its weights could not be kept: {error}", ask_again_s=0.0)
+        self._let_go()  # of claims that came to nothing, too
         return ClaimAnswer(granted=True, reason="")
 
     def record(self, evaluation: Evaluation) -> None:
@@ -91,12 +97,7 @@ class BoardEvaluations:
             if self._board.notes().get(f"{_RESULT}{interval}") != note:
                 raise Conflict(f"the interval from version {interval} has been evaluated by another actor")
             return
-        notes = self._board.notes()
-        best = best_version(_results(notes))
-        for claimed in {claim.version for claim in _claims(notes).values()} | set(_results(notes)):
-            if claimed != best and not self._is_running(claimed, notes):
-                self._weights.unpin(claimed)
-        self._forget(notes)
+        self._let_go()
 
     def read(self) -> EvaluationBoard:
         """See Evaluations."""
@@ -134,6 +135,15 @@ class BoardEvaluations:
             and self._clock() < claim.claimed_s + claim.lease_s
             for (interval, _), claim in _claims(notes).items()
         )
+
+    def _let_go(self) -> None:
+        """Unpin every version that is neither the best nor being evaluated, and forget old intervals."""
+        notes = self._board.notes()
+        best = best_version(_results(notes))
+        for claimed in {claim.version for claim in _claims(notes).values()} | set(_results(notes)):
+            if claimed != best and not self._is_running(claimed, notes):
+                self._weights.unpin(claimed)
+        self._forget(notes)
 
     def _forget(self, notes: Mapping[str, str]) -> None:
         """Drop the notes of intervals beyond KEPT_INTERVALS, but for the best one's."""

@@ -58,3 +58,5 @@ async def _watch(own_redis: RedisClient, fail: Callable[[StoreUnavailable], None
             failures += 1
             if failures == _REDIS_DEAD_AFTER:
                 fail(StoreUnavailable(f"our own Redis has died: {error}", hint="start the service again"))
+        except redis.exceptions.ResponseError:
+            failures = 0  # it lives, and cannot write to its disk: requests are told so

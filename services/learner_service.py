@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-from buffer.client import ClientSettings, HttpTable, HttpWeightStore, ServiceClient
+from buffer.client import HttpTable, HttpWeightStore, ServiceClient
 from buffer.errors import InvalidSettings, RunMismatch, StalewiseError
 from buffer.evaluations_client import HttpEvaluations
 from buffer.fingerprint import model_fingerprint
@@ -28,11 +28,11 @@ from buffer.trained import TrainedGroup
 from buffer.types import Sample
 from buffer.wire import LearnerReport
 from learner.admission import Admission
-from learner.best import BestWeights
 from learner.checkpoint import Checkpoints
 from learner.distributed import Ranks, joined
 from learner.evaluation import EvaluationWatch
 from learner.following import follow
+from learner.kept import KeptVersion
 from learner.loop import LearnerLoop, take_up
 from learner.lora import AdapterPolicy
 from learner.objectives.acceptance import acceptance_sentence
@@ -50,7 +50,7 @@ from services.settings import RunConfig, connect, log_settings
 
 log = logging.getLogger(__name__)
 
-REPORT_CLIENT = ClientSettings(connect_timeout_s=2.0, read_timeout_s=2.0, retry_budget_s=0.0)
+REPORT_CLIENT = {"connect_timeout_s": 2.0, "read_timeout_s": 2.0, "retry_budget_s": 0.0}
 """A report that is lost is followed by another one: it must not hold up a step."""
 MAX_PENDING_REPORTS = 4
 """Reports on their way; while there are so many, further ones are lost."""
@@ -194,6 +194,10 @@ def _learn(
         now=time.monotonic,
         ranks=ranks,
     ).run()
+    latest = publisher.latest_version()
+    if config.learner.keep_final and latest is not None and trainer.progress.updates >= config.learner.total_updates:
+        directory = config.run.directory / "learner"
+        KeptVersion(HttpWeightStore(client), directory, "final", model_dir=model_dir).keep(latest)
 
 
 def check_ranks(config: RunConfig, ranks: Ranks) -> None:
@@ -318,7 +322,7 @@ def _watch_evaluations(config: RunConfig, model_dir: Path, stop: threading.Event
     best = None
     if config.learner.keep_best:
         client = stack.enter_context(closing(connect(config, stopping=stop)))
-        best = BestWeights(HttpWeightStore(client), directory, model_dir=model_dir)
+        best = KeptVersion(HttpWeightStore(client), directory, "best", model_dir=model_dir)
     watch = EvaluationWatch(
         HttpEvaluations(stack.enter_context(closing(_report_client(config)))),
         directory / "evaluations.jsonl",
@@ -330,4 +334,4 @@ def _watch_evaluations(config: RunConfig, model_dir: Path, stop: threading.Event
 
 
 def _report_client(config: RunConfig) -> ServiceClient:
-    return connect(config.model_copy(update={"client": REPORT_CLIENT}))
+    return connect(config.model_copy(update={"client": config.client.model_copy(update=REPORT_CLIENT)}))

@@ -1,16 +1,17 @@
 """Who was heard of last: actors' heartbeats and the learner's report, shared by all API workers."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import redis
-from pydantic import FiniteFloat
+from pydantic import FiniteFloat, ValidationError
 
-from buffer.errors import StoreUnavailable
-from buffer.redis_client import RedisClient
+from buffer.redis_client import RedisClient, store_errors
 from buffer.types import Record
 from buffer.wire import ActorStatus, Heartbeat, LearnerProgress, LearnerReport, LearnerStatus
+
+log = logging.getLogger(__name__)
 
 FORGET_AFTER_S = 600.0
 """An actor that was silent for so long is no longer listed."""
@@ -72,32 +73,24 @@ class RedisBoard:
 
     def put(self, name: str, note: str) -> None:
         """See Board. Raises StoreUnavailable."""
-        try:
+        with store_errors():
             self._redis.hset(self._key, name, note)
-        except (redis.RedisError, redis.exceptions.RedisClusterException) as error:
-            raise _unavailable(error) from error
 
     def claim(self, name: str, note: str) -> bool:
         """See Board. Raises StoreUnavailable."""
-        try:
+        with store_errors():
             return bool(self._redis.hsetnx(self._key, name, note))
-        except redis.RedisError as error:
-            raise _unavailable(error) from error
 
     def notes(self) -> dict[str, str]:
         """See Board. Raises StoreUnavailable."""
-        try:
+        with store_errors():
             stored = self._redis.hgetall(self._key)
-        except (redis.RedisError, redis.exceptions.RedisClusterException) as error:
-            raise _unavailable(error) from error
         return {_text(name): _text(note) for name, note in stored.items()}
 
     def drop(self, names: Sequence[str]) -> None:
         """See Board. Raises StoreUnavailable."""
-        try:
+        with store_errors():
             self._redis.hdel(self._key, *names)
-        except (redis.RedisError, redis.exceptions.RedisClusterException) as error:
-            raise _unavailable(error) from error
 
 
 class _Heard(Record):
@@ -130,7 +123,12 @@ class Presence:
         actors: list[ActorStatus] = []
         silent: list[str] = []
         for name, note in sorted(self._board.notes().items()):
-            heard = _Heard.model_validate_json(note)
+            try:
+                heard = _Heard.model_validate_json(note)
+            except ValidationError:  # of a service of another version; the next heartbeat replaces it
+                log.warning("the last message of %s is not one of this version of the service: it is forgotten", name)
+                silent.append(name)
+                continue
             age_s = max(0.0, now_s - heard.received_s)
             if isinstance(heard.message, LearnerProgress):
                 learner = LearnerStatus(**dict(heard.message), age_s=age_s)
@@ -148,7 +146,3 @@ class Presence:
 
 def _text(value: bytes | str) -> str:
     return value.decode() if isinstance(value, bytes) else value
-
-
-def _unavailable(error: Exception) -> StoreUnavailable:
-    return StoreUnavailable(f"redis does not answer: {error}", hint="check that Redis runs and has memory and disk")

@@ -21,7 +21,7 @@ from buffer.heap import keep_freed_memory
 from buffer.redis_client import RedisClient, check_promises, connect
 from buffer.redis_memory import check_memory
 from buffer.redis_server import redis_server
-from buffer.redis_shards import claim_shards
+from buffer.redis_shards import claim_layout
 from services.address import remove_address, write_address
 from services.assembly import assemble, take_up
 from services.context import ServiceContext
@@ -53,7 +53,7 @@ def run_service(config: RunConfig) -> None:
         client = stack.enter_context(connect(redis_url))
         promises = check_promises(client, config.redis)
         check_memory(client, config.table, config.run.name)
-        claim_shards(client, config.table.shards, config.run.name)
+        claim_layout(client, config.table, config.run.name)
         context = assemble(config, client, promises)
         take_up(context)
         own_redis = client if service.redis_url is None else None

@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field, JsonValue, SecretStr, ValidationError
 from actor.settings import ActorSettings
 from buffer.connection import ClientSettings, ServiceClient
 from buffer.errors import InvalidRequest, InvalidSettings
-from buffer.rate_limiter import RateLimiterSettings, check_draw, check_settings
+from buffer.rate_limiter import RateLimiterSettings, check_draw, check_fresh_share, check_settings
 from buffer.redis_server import RedisSettings
 from buffer.selectors import check_weighting
 from buffer.settings import Settings
@@ -114,6 +114,7 @@ def load_config(
         raise InvalidSettings(_fault(error)) from None
     _check_pacing(config)
     _check_evaluations(config)
+    _check_sizes(config)
     return config
 
 
@@ -154,6 +155,15 @@ def _check_evaluations(config: RunConfig) -> None:
             )
 
 
+def _check_sizes(config: RunConfig) -> None:
+    if config.table.max_group_bytes > config.service.max_body_bytes:
+        raise InvalidSettings(
+            f"table.max_group_bytes={config.table.max_group_bytes} is above "
+            f"service.max_body_bytes={config.service.max_body_bytes}: no request could bring such a group",
+            hint="raise service.max_body_bytes to at least twice as much",
+        )
+
+
 def _check_pacing(config: RunConfig) -> None:
     """Raise InvalidSettings when table, limiter and learner could block a run for ever together."""
     check_settings(config.table, config.limiter)
@@ -171,6 +181,8 @@ def _check_pacing(config: RunConfig) -> None:
                 f"{error.detail}",
                 hint=error.hint,
             ) from None
+    cycle = [learner.selector] + learner.replay_updates * [learner.replay_selector]
+    check_fresh_share(learner.groups_per_update, cycle, config.limiter)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

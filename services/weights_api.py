@@ -200,16 +200,21 @@ class _Streamed(Response):
         self._left = num_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See Starlette's Response; a caller that hung up ends it by the server's error."""
+        """See Starlette's Response. Nothing more is read for a caller that hung up."""
         chunk = await self._next()  # before the status: what is gone meanwhile is still a 404
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        while self._left:
-            upcoming = asyncio.ensure_future(self._next())
-            try:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            finally:
-                chunk = await upcoming
-        await send({"type": "http.response.body", "body": chunk})
+        hung_up = asyncio.create_task(_hung_up(receive))
+        try:
+            while self._left and not hung_up.done():
+                upcoming = asyncio.ensure_future(self._next())
+                try:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                finally:
+                    chunk = await upcoming
+        finally:
+            hung_up.cancel()
+        if not self._left:
+            await send({"type": "http.response.body", "body": chunk})
 
     async def _next(self) -> bytes:
         """Return the next chunk; none is asked for beyond the last. Raises StoreUnavailable."""
@@ -220,3 +225,9 @@ class _Streamed(Response):
             raise StoreUnavailable(f"a payload became {self._left} bytes shorter while it was sent")
         self._left -= len(chunk)
         return chunk
+
+
+async def _hung_up(receive: Receive) -> None:
+    """Return when the caller has gone, or has everything."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

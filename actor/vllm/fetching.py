@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from buffer.connection import named_error
@@ -22,10 +23,12 @@ class WeightSource:
 
     url: str
     token: str | None = field(default=None, repr=False)
+    ca_file: Path | None = None
+    """client.ca_file, on the machine of the workers."""
 
     def as_init_info(self) -> dict[str, Any]:
         """Return what vLLM's init_weight_transfer_engine takes."""
-        return {"url": self.url, "token": self.token}
+        return {"url": self.url, "token": self.token, "ca_file": str(self.ca_file) if self.ca_file else None}
 
 
 def fetch(rpc: Rpc, manifest: Manifest, *, lora_rank: int) -> str:

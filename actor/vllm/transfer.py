@@ -33,6 +33,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.version import __version__
 
 from buffer.client import HttpWeightStore, ServiceClient
+from buffer.connection import ClientSettings
 from buffer.errors import CorruptWeights, InvalidRequest, ServiceUnreachable, StalewiseError, StoreUnavailable
 from buffer.types import PolicyVersion
 from buffer.weights.follower import Follower
@@ -48,6 +49,7 @@ class Source(WeightTransferInitInfo):  # type: ignore[misc]  # vLLM has no types
 
     url: str
     token: str | None = field(default=None, repr=False)
+    ca_file: str | None = None
 
 
 @dataclass
@@ -89,7 +91,8 @@ class MirrorTransfer(WeightTransferEngine):  # type: ignore[misc]  # vLLM has no
         self.shutdown()
         self._source = init_info
         self._directory.mkdir(mode=0o700, exist_ok=True)
-        self._client = ServiceClient(init_info.url, token=init_info.token)
+        settings = ClientSettings(ca_file=Path(init_info.ca_file) if init_info.ca_file else None)
+        self._client = ServiceClient(init_info.url, token=init_info.token, settings=settings)
         self._follower = Follower(HttpWeightStore(self._client), self._directory)
         self._shapes = tensor_shapes(self.model_config.hf_config)
 

@@ -226,15 +226,7 @@ def _to_reach(goal: float, curves: Sequence[Sequence[Point]]) -> str:
 
 def _listed(part: str) -> Callable[[Sequence[Outcome]], str]:
     def block(outcomes: Sequence[Outcome]) -> str:
-        rows = [
-            [
-                _label(o),
-                _setting(o.best),
-                o.accepted,
-                o.spread,
-            ]
-            for o in _of(outcomes, part=part)
-        ]
+        rows = [[_label(o), _setting(o.best), o.accepted, o.spread] for o in _of(outcomes, part=part)]
         return _table(["method", "tuned to", "sequences kept by its gates", "final accuracy, %"], rows)
 
     return block
@@ -250,17 +242,15 @@ def _tasks(outcomes: Sequence[Outcome]) -> str:
     return _table(["method", *(f"{task}, lag {lag}" for task, lag in conditions)], rows)
 
 
+def _place(outcome: Outcome) -> str:
+    cell = outcome.cell
+    task = "" if cell.part != "tasks" else f"{cell.task}, "
+    return f"{_label(outcome)}, {task}{_named((cell.reuse, cell.lag))}"
+
+
 def _failures(outcomes: Sequence[Outcome]) -> str:
-    lines = [
-        f"- `{o.cell.label}`, {_named((o.cell.reuse, o.cell.lag))}: {failure}"
-        for o in outcomes
-        for failure in o.failures
-    ]
-    lines += [
-        f"- `{o.cell.label}`, {_named((o.cell.reuse, o.cell.lag))}: {', '.join(map(str, o.skipped))} updates skipped"
-        for o in outcomes
-        if any(o.skipped)
-    ]
+    lines = [f"- {_place(o)}: {failure}" for o in outcomes for failure in o.failures]
+    lines += [f"- {_place(o)}: {', '.join(map(str, o.skipped))} updates skipped" for o in outcomes if any(o.skipped)]
     return "\n".join(lines) or "None of the final runs made so far broke or skipped an update."
 
 

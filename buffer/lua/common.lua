@@ -64,6 +64,7 @@
 -- pin:<request>  string  `<number of the shard that makes the draw> <share of its weight>`, in the shard that the
 --                        request id hashes to, where there are several; expires
 -- shards         string  number of shards of the run; shard 0 alone has it
+-- weighting      string  JSON of table.weighting that the stored groups were weighed by, or `none`; shard 0 alone has it
 --
 -- A call of Redis costs more than all that Lua does with the answer. So a script reads counters, sizes and facts once,
 -- changes them in Lua, and finish.lua, which follows each script, writes what changed, all groups in one call.
@@ -247,10 +248,13 @@ local function remember(group_id, content)
   known[group_id] = content
   redis.call('HSET', key('remembered'), group_id, content)
   redis.call('ZADD', key('remembered_at'), now, group_id)
-  if redis.call('ZCARD', key('remembered_at')) > settings.table.dedup_max_ids then
-    local oldest = redis.call('ZPOPMIN', key('remembered_at'))
-    redis.call('HDEL', key('remembered'), oldest[1])
-    add_stat('forgotten_ids', 1)
+  local excess = redis.call('ZCARD', key('remembered_at')) - settings.table.dedup_max_ids -- large once the cap is lowered
+  if excess > 0 then
+    local oldest = redis.call('ZPOPMIN', key('remembered_at'), math.min(excess, BATCH))
+    for i = 1, #oldest, 2 do
+      redis.call('HDEL', key('remembered'), oldest[i])
+      add_stat('forgotten_ids', 1)
+    end
   end
 end
 

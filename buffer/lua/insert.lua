@@ -94,7 +94,8 @@ local function count_prompt(group, sequence)
     enter('prompt_ids', 0, group.prompt_id)
   end
   prompts[group.prompt_id] = counts
-  if size_of('prompt_ids') > settings.table.max_prompts then
+  local excess = size_of('prompt_ids') - settings.table.max_prompts -- large once the cap is lowered
+  for _ = 1, math.min(excess, BATCH) do
     forget_a_prompt()
   end
   return { seen = counts[1], solved = counts[2] }

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,19 @@ def test_damaged_data_is_a_sentence_with_the_last_line_of_the_log(tmp_path: Path
     assert caught.value.hint == f"see {tmp_path / 'redis.log'}"
 
 
+def test_a_log_of_redis_7_is_never_begun_anew_by_an_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data" / "appendonlydir").mkdir(parents=True)
+    monkeypatch.setattr("buffer.redis_server.shutil.which", lambda name: None)  # the wheel's own is 6.2
+
+    with (
+        pytest.raises(
+            InvalidSettings, match=r"data was written by Redis 7 or newer, and .*v=6\.2\.\d+\) cannot read it"
+        ),
+        redis_server(tmp_path / "data", ALWAYS),
+    ):
+        pass
+
+
 def test_promises_are_read_from_the_live_server_and_must_hold(tmp_path: Path) -> None:
     with redis_server(tmp_path, RedisSettings(appendfsync="everysec")) as url, connect(url) as client:
         promises = check_promises(client, RedisSettings(appendfsync="everysec"))
@@ -237,5 +251,13 @@ def test_a_policy_that_evicts_is_refused_even_where_the_configuration_is_hidden(
 
 
 def test_url_that_is_none_is_refused() -> None:
-    with pytest.raises(InvalidSettings, match="redis url 'localhost'"):
+    with pytest.raises(InvalidSettings, match="redis url 'localhost' cannot be read: "):
         connect("localhost")
+
+
+@pytest.mark.parametrize("url", ["redis://me:hush/1@host:6379/0", "redis://:hush@host:x", "nonsense://h?password=hush"])
+def test_password_of_a_url_that_is_refused_is_not_repeated(url: str) -> None:
+    with pytest.raises(InvalidSettings, match=r"redis url .*\*\*\*.* cannot be read") as caught:
+        connect(url)
+
+    assert "hush" not in "".join(traceback.format_exception(caught.value))

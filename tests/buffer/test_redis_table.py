@@ -94,6 +94,55 @@ def test_every_key_of_a_run_is_described_in_the_schema(client: RedisClient, weig
     assert names <= described
 
 
+@pytest.mark.parametrize(
+    ("make_refuse", "make_accept", "sentence"),
+    [
+        (("REPLICAOF", "127.0.0.1", "1"), ("REPLICAOF", "NO", "ONE"), "this Redis is a read-only replica"),
+        (
+            ("CONFIG", "SET", "min-replicas-to-write", "1"),
+            ("CONFIG", "SET", "min-replicas-to-write", "0"),
+            "Redis has too few replicas to write",
+        ),
+    ],
+)
+def test_a_redis_that_takes_no_writes_is_unavailable_until_it_does(
+    client: RedisClient, make_refuse: tuple[str, ...], make_accept: tuple[str, ...], sentence: str
+) -> None:
+    table, board = open_table(client), RedisBoard(client, key="board")
+    table.insert([make_group("a")])
+
+    client.execute_command(*make_refuse)  # type: ignore[no-untyped-call]
+    try:
+        for call in (
+            lambda: table.insert([make_group("b")]),
+            lambda: table.sample(request("r")),
+            lambda: table.insert_parts(parts_of("c", size=2)),
+            lambda: board.put("actor", "note"),
+            lambda: board.claim("evaluation", "note"),
+        ):
+            with pytest.raises(StoreUnavailable, match=sentence):
+                call()
+    finally:
+        client.execute_command(*make_accept)  # type: ignore[no-untyped-call]
+
+    assert table.insert([make_group("b")])[0].outcome.value == "accepted"
+    assert board.claim("evaluation", "note")
+
+
+def test_lowered_caps_take_effect_with_what_comes_next(client: RedisClient) -> None:
+    roomy = open_table(client, TableSettings(reuse_limit=1))
+    roomy.insert([make_group(f"g{number}", prompt_id=f"p{number}") for number in range(20)])
+    for number in range(20):
+        roomy.sample(request(f"r{number}"))
+
+    lowered = open_table(client, TableSettings(reuse_limit=1, dedup_max_ids=3, max_prompts=2))
+    lowered.insert([make_group("last", prompt_id="last")])
+    lowered.sample(request("last"))
+
+    stats = lowered.stats()
+    assert (stats.num_prompts, stats.forgotten_prompts_total, stats.forgotten_ids_total) == (2, 19, 18)
+
+
 def test_lost_server_is_store_unavailable_for_every_call(tmp_path: Path) -> None:
     with redis_server(tmp_path, RedisSettings()) as url:
         table = open_table(connect(url))

@@ -8,19 +8,20 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from buffer.browsing import GroupQuery
+from buffer.codec import encode_group
 from buffer.errors import InvalidRequest, InvalidSettings
 from buffer.prompts import PromptStats
 from buffer.rate_limiter import RateLimiterSettings
 from buffer.redis_client import RedisClient, connect
-from buffer.redis_shards import claim_shards, open_table
+from buffer.redis_shards import claim_layout, open_table
 from buffer.redis_table import RedisTable
 from buffer.selectors import Fifo, Mix, Selector, Uniform, Weighted
 from buffer.sharded_table import ShardedTable
 from buffer.sharding import Opening, shard_of, shares
-from buffer.table import SampleRequest, TableSettings
+from buffer.table import SampleRequest, ServedTable, TableSettings
 from buffer.transfer import stored_groups
 from buffer.types import Sample, Split
-from buffer.weighting import PriorityWeighting, RecencyWeighting, Weighting
+from buffer.weighting import PriorityWeighting, RankWeighting, RecencyWeighting, Weighting
 from tests.conftest import Clock
 from tests.factories import RUN_ID, make_group, parts_of
 
@@ -269,12 +270,58 @@ def test_bad_priority_changes_no_shard(client: RedisClient) -> None:
     assert (update.updated, update.unknown) == (12, 1)
 
 
+def test_a_full_shard_with_too_little_for_a_draw_leaves_it_to_the_others(client: RedisClient) -> None:
+    large = make_group(id_in(0), rewards=[0.0] * 200)
+    settings = TableSettings(shards=NUM_SHARDS, capacity_bytes=len(encode_group(large)) + 500)
+    table = open_table(client, settings, PAIRS, RUN_ID)
+    table.advance_version(0)
+
+    full = [result.outcome.value for result in table.insert([large, make_group(id_in(0, start=500))])]
+    waits = table.sample(request("r", 2))
+    table.insert([make_group(id_in(1)), make_group(id_in(1, start=500))])
+    drawn = table.sample(request("r", 2))
+    fill_all = [make_group(id_in(shard, start=700), rewards=[0.0] * 200) for shard in (1, 2)]
+    table.insert([*fill_all, *(make_group(id_in(shard, start=900)) for shard in (1, 2))])
+
+    assert full == ["accepted", "full"]
+    assert waits == []
+    assert sorted(ids(drawn)) == sorted([id_in(1), id_in(1, start=500)])
+    with pytest.raises(InvalidRequest, match="the table has no room for more groups"):
+        table.sample(request("s", 2))
+
+
 def test_number_of_shards_is_fixed_for_the_life_of_a_run(client: RedisClient) -> None:
-    claim_shards(client, 3, RUN_ID)
-    claim_shards(client, 3, RUN_ID)
+    claim_layout(client, TableSettings(shards=3), RUN_ID)
+    claim_layout(client, TableSettings(shards=3), RUN_ID)
     open_table(client, TableSettings(), OPEN, "begun-before").advance_version(0)
 
     with pytest.raises(InvalidSettings, match=rf"table\.shards=2, but run {RUN_ID} was begun with 3"):
-        claim_shards(client, 2, RUN_ID)
+        claim_layout(client, TableSettings(shards=2), RUN_ID)
     with pytest.raises(InvalidSettings, match=r"table\.shards=4, but run begun-before was begun with 1"):
-        claim_shards(client, 4, "begun-before")
+        claim_layout(client, TableSettings(shards=4), "begun-before")
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_weighting_is_fixed_while_groups_are_stored(client: RedisClient, shards: int) -> None:
+    def table(weighting: Weighting | None) -> ServedTable:
+        settings = TableSettings(shards=shards, weighting=weighting, reuse_limit=1)
+        claim_layout(client, settings, RUN_ID)
+        table = open_table(client, settings, OPEN, RUN_ID)
+        table.advance_version(0)
+        return table
+
+    by_rank, by_priority = RankWeighting(cool_down_updates=3), PriorityWeighting(exponent=1.0)
+    table(None)
+    table(by_rank).insert([make_group(name) for name in NAMES])
+
+    for other in (None, by_priority, RankWeighting(cool_down_updates=4)):
+        with pytest.raises(InvalidSettings, match=f"the stored groups of run {RUN_ID} have weights by .*rank"):
+            table(other)
+    for name in NAMES:
+        assert table(by_rank).sample(request(name, selector=Weighted(by="rank")))
+    emptied = table(by_priority)
+    emptied.insert([make_group(f"next-{name}") for name in NAMES])
+    drawn = [emptied.sample(request(f"next-{name}", selector=Weighted(by="priority"))) for name in NAMES]
+    assert sorted(group_id for samples in drawn for group_id in ids(samples)) == sorted(
+        f"next-{name}" for name in NAMES
+    )

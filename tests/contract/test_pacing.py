@@ -1,10 +1,13 @@
 """Who may move when, and that there is always somebody who may."""
 
+import itertools
+from collections.abc import Iterator
+
 import pytest
 
 from buffer.errors import InvalidRequest, InvalidSettings
 from buffer.rate_limiter import RateLimiterSettings
-from buffer.selectors import Fresh, Mix
+from buffer.selectors import Fresh, Mix, Selector, Uniform
 from buffer.table import TableSettings
 from buffer.types import InsertOutcome
 from tests.conftest import Clock
@@ -98,6 +101,7 @@ def test_pacing_is_back_as_soon_as_a_group_finds_room(make_table: TableFactory) 
     assert draw(table, 1) == []
 
 
+@pytest.mark.parametrize("make_table", ["memory", "redis", "http"], indirect=True)  # of shards all must be full
 def test_a_draw_that_a_full_table_can_never_serve_is_refused_with_the_cure(make_table: TableFactory) -> None:
     limiter = RateLimiterSettings(min_size=4, error_buffer=8)
     table = make_table(TableSettings(capacity_bytes=3 * size_bytes("a")), limiter)
@@ -191,6 +195,39 @@ def test_fresh_draws_at_one_sample_per_insert_flow_for_ever(make_table: TableFac
 
     assert len(drawn) >= 30
     assert len(set(drawn)) == len(drawn)
+
+
+@pytest.mark.parametrize(
+    "settings", [TableSettings(capacity_groups=8), TableSettings(reuse_limit=3)], ids=["capacity", "reuse_limit"]
+)
+def test_one_fresh_draw_and_two_replayed_ones_at_three_samples_per_insert_flow_for_ever(
+    make_table: TableFactory, settings: TableSettings
+) -> None:
+    limiter = RateLimiterSettings(samples_per_insert=3, min_size=4, error_buffer=6)
+    table = make_table(settings, limiter)
+    selectors: Iterator[Selector] = itertools.cycle([Fresh(), Uniform(), Uniform()])
+    waiting, num_draws, num_inserted = next(selectors), 0, 0
+    while num_draws < 60:
+        moved = insert(table, make_group(f"g{num_inserted}")) == ["accepted"]
+        num_inserted += moved
+        samples = draw(table, 2, waiting)
+        assert moved or samples, "both sides are blocked"
+        if samples:
+            assert isinstance(waiting, Uniform) or {sample.info.times_sampled for sample in samples} == {1}
+            waiting, num_draws = next(selectors), num_draws + 1
+
+    assert abs(table.stats().limiter_error - 4 * 3) <= 6 + 2 * 3  # one fresh draw may bring its groups beyond the slack
+
+
+def test_fresh_draws_beyond_the_pace_are_served_as_groups_come_in(make_table: TableFactory) -> None:
+    table = make_table(limiter=RateLimiterSettings(samples_per_insert=4, min_size=2, error_buffer=8))
+
+    drawn: list[str] = []
+    for i in range(40):
+        insert(table, make_group(f"g{i}"))  # refused as too far ahead, until a draw has said what it lacks
+        drawn += ids(draw(table, 2, Fresh()))
+
+    assert len(set(drawn)) == len(drawn) > 20
 
 
 def test_a_table_can_be_a_queue_that_blocks_at_both_ends(make_table: TableFactory) -> None:

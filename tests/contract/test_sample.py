@@ -229,15 +229,8 @@ def test_age_is_measured_from_the_published_version_when_the_learner_reports_an_
     [
         (RateLimiterSettings(min_size=3, error_buffer=99), 4, Fifo(), "num_groups=4 is above limiter.min_size=3"),
         (RateLimiterSettings(min_size=9, error_buffer=4), 8, Fifo(), "does not fit error_buffer=4"),
-        (
-            RateLimiterSettings(min_size=8, samples_per_insert=2, error_buffer=9),
-            8,
-            Mix(fresh=0.75),
-            "75% of the draw must be fresh, but with samples_per_insert=2 only 50% can be",
-        ),
-        (RateLimiterSettings(min_size=8, samples_per_insert=2, error_buffer=9), 8, Fresh(), "100% of the draw"),
     ],
-    ids=["min_size", "error_buffer", "mix", "fresh"],
+    ids=["min_size", "error_buffer"],
 )
 def test_draw_that_could_never_be_served_is_refused(
     make_table: TableFactory, limiter: RateLimiterSettings, num_groups: int, selector: Selector, message: str

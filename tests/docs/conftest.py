@@ -15,7 +15,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 QUICKSTART = dict(
     re.findall(
-        r"<!-- test:(\w+) -->\n```bash\n(.*?)```", (REPOSITORY / "docs/quickstart.md").read_text(), flags=re.DOTALL
+        r"<!-- test:([\w-]+) -->\n```bash\n(.*?)```", (REPOSITORY / "docs/quickstart.md").read_text(), flags=re.DOTALL
     )
 )
 

@@ -30,7 +30,7 @@ def reference(openapi: Schema) -> str:
         for path, methods in openapi["paths"].items()
         for method, operation in methods.items()
     ]
-    records = [_record(name, schema) for name, schema in sorted(openapi["components"]["schemas"].items())]
+    records = [record_of(name, schema) for name, schema in sorted(openapi["components"]["schemas"].items())]
     return HEAD + "\n".join(operations) + "\n## Records\n\n" + "\n".join(records)
 
 
@@ -48,7 +48,7 @@ def _operation(method: str, path: str, operation: Schema, openapi: Schema) -> st
     if parameters:
         lines += ["| parameter | in | type | |", "|---|---|---|---|"]
         lines += [
-            f"| `{p['name']}` | {p['in']} | {_type(p['schema'])} | {'required' if p.get('required') else ''} |"
+            f"| `{p['name']}` | {p['in']} | {type_of(p['schema'])} | {'required' if p.get('required') else ''} |"
             for p in parameters
         ]
         lines.append("")
@@ -62,10 +62,11 @@ def _operation(method: str, path: str, operation: Schema, openapi: Schema) -> st
 
 
 def _either(content: Schema) -> str:
-    return " or ".join(dict.fromkeys(_type(body.get("schema", {})) for body in content.values()))
+    return " or ".join(dict.fromkeys(type_of(body.get("schema", {})) for body in content.values()))
 
 
-def _record(name: str, schema: Schema) -> str:
+def record_of(name: str, schema: Schema) -> str:
+    """Return the section of one record."""
     lines = [f"### {name}", ""]
     if description := schema.get("description"):
         lines += [" ".join(description.split()), ""]
@@ -74,30 +75,38 @@ def _record(name: str, schema: Schema) -> str:
     required = set(schema.get("required", ()))
     fields = list(schema.get("properties", {}).items())
     if not fields:
-        return "\n".join([*lines, _type(schema)]) + "\n"
+        return "\n".join([*lines, type_of(schema)]) + "\n"
     lines += ["| field | type | |", "|---|---|---|"]
-    lines += [f"| `{field}` | {_type(of)} | {_note(of, field in required)} |" for field, of in fields]
+    lines += [f"| `{field}` | {type_of(of)} | {_note(of, field in required)} |" for field, of in fields]
     return "\n".join(lines) + "\n"
 
 
 def _note(schema: Schema, required: bool) -> str:
-    text = " ".join(str(schema.get("description", "")).split()).replace("|", "\\|")
+    text = text_of(schema)
     default = "required" if required else f"default `{schema['default']}`" if "default" in schema else "optional"
     return f"{default}. {text}" if text else default
 
 
-def _type(schema: Schema) -> str:
+def text_of(schema: Schema) -> str:
+    """Return what a schema says of itself, fit for a cell of a table."""
+    return " ".join(str(schema.get("description", "")).split()).replace("|", "\\|")
+
+
+def type_of(schema: Schema) -> str:
+    """Return the type of a schema with its bounds, fit for a cell of a table."""
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
         return f"[{name}](#{name.lower()})"
     for union in ("anyOf", "oneOf"):
         if union in schema:
-            return " or ".join(dict.fromkeys(_type(part) for part in schema[union]))
+            return " or ".join(dict.fromkeys(type_of(part) for part in schema[union]))
     if "enum" in schema or "const" in schema:
         return " or ".join(f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
     kind = schema.get("type", "any")
+    if "prefixItems" in schema:
+        return f"list of {len(schema['prefixItems'])}: {', '.join(map(type_of, schema['prefixItems']))}"
     if kind == "array":
-        return f"list of {_type(schema.get('items', {}))}"
+        return f"list of {type_of(schema.get('items', {}))}"
     return " ".join([str(schema.get("format", kind)), *_bounds(schema)])
 
 

@@ -3,7 +3,11 @@
 import time
 
 import pytest
+from transformers import AutoTokenizer
 
+from actor.settings import TaskSettings
+from actor.tasks import make_task
+from buffer.errors import InvalidSettings
 from tests.docs.conftest import QUICKSTART, Clone
 
 
@@ -35,4 +39,16 @@ def test_a_model_of_ones_own_is_made_and_named(clone: Clone) -> None:
 
     assert (made.returncode, settings.returncode) == (0, 0), made.stderr + settings.stderr
     assert (clone.directory / "runs/models/mine/model.safetensors").is_file()
-    assert 'actor.task.name = "chain_sum"' in settings.stdout
+    lines = settings.stdout.splitlines()
+    assert 'run.model = "runs/models/mine"' in lines
+    assert 'actor.task.name = "running_sums"' in lines
+    tokenizer = AutoTokenizer.from_pretrained(clone.directory / "runs/models/mine")
+    make_task(TaskSettings(), tokenizer)
+    with pytest.raises(InvalidSettings, match="the tokenizer cannot express"):
+        make_task(TaskSettings(name="chain_sum"), tokenizer)
+
+
+def test_a_real_model_and_a_task_in_words_are_named(clone: Clone) -> None:
+    (settings,) = [clone.run(command) for command in QUICKSTART["real-model"].splitlines()]
+
+    assert 'actor.task.name = "chain_sum"' in settings.stdout.splitlines()

@@ -9,7 +9,7 @@ from buffer.errors import Conflict, NotFound
 from buffer.types import PolicyVersion
 from buffer.weights.manifest import Manifest, Payload
 from buffer.weights.mirror import Mirror
-from buffer.weights.store import write_chunks
+from buffer.weights.store import WeightStore, write_chunks
 from learner.distributed import ALONE, Ranks
 from learner.publisher import Publisher
 from learner.snapshot import Snapshot
@@ -68,12 +68,17 @@ class AtOnce(Executor):
 
 
 def publisher_to(
-    store: ListedStore, *, keyframe_every: int = 20, executor: Executor | None = None, ranks: Ranks = ALONE
+    store: WeightStore,
+    *,
+    run_id: str = "run",
+    keyframe_every: int = 20,
+    executor: Executor | None = None,
+    ranks: Ranks = ALONE,
 ) -> Publisher:
-    """Return a publisher of the run `run`, at a time that stands still."""
+    """Return a publisher at a time that stands still."""
     return Publisher(
         store,
-        run_id="run",
+        run_id=run_id,
         model_fingerprint="f" * 64,
         keyframe_every=keyframe_every,
         executor=executor or AtOnce(),

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from buffer.errors import ServiceUnreachable
 from buffer.evaluations import ClaimAnswer, Evaluation, EvaluationBoard, EvaluationClaim, best_version
-from learner.best import BestWeights
 from learner.evaluation import EvaluationWatch
+from learner.kept import KeptVersion
 from tests.services.test_evaluations import result
 
 
@@ -32,7 +32,7 @@ class _Board:
 
 
 def _watch(
-    board: _Board, path: Path, stop: threading.Event, *, patience: int | None = 2, best: BestWeights | None = None
+    board: _Board, path: Path, stop: threading.Event, *, patience: int | None = 2, best: KeptVersion | None = None
 ) -> EvaluationWatch:
     return EvaluationWatch(board, path, patience_evaluations=patience, best_weights=best, stop=stop)
 

@@ -1,10 +1,6 @@
 """docker/nginx-weights.conf in a real nginx between actors and a real service."""
 
 import os
-import shutil
-import socket
-import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
@@ -20,6 +16,7 @@ from buffer.wire import JSON, encode
 from services.context import ServiceContext, ServiceSettings
 from services.security import TokenSettings
 from tests.factories import make_manifest
+from tests.nginx.running import free_port, running_nginx
 from tests.services.live import make_context, serving
 
 CONF = Path(__file__).parents[2] / "docker" / "nginx-weights.conf"
@@ -31,43 +28,16 @@ TOKENS = TokenSettings(
 )
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @contextmanager
 def nginx(origin: str, directory: Path) -> Iterator[str]:
     """Run the shipped configuration, its two addresses replaced, in a directory of its own."""
-    program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
-    if program is None:
-        if os.environ.get("STALEWISE_NEEDS_NGINX"):
-            pytest.fail("nginx is not installed, and this run must test it")
-        pytest.skip("nginx is not installed: `make test-nginx` insists on it")
     port = free_port()
     conf = CONF.read_text()
     for address, real in (("127.0.0.1:8642", origin.removeprefix("http://")), ("127.0.0.1:8643", f"127.0.0.1:{port}")):
         assert address in conf
         conf = conf.replace(address, real)
-    user = "user root;\n" if os.geteuid() == 0 else ""  # else its workers cannot enter the test's directory
-    (directory / "nginx.conf").write_text(f"{user}daemon off;\n{conf}")
-    process = subprocess.Popen([program, "-p", directory, "-c", "nginx.conf"], stderr=subprocess.PIPE)
-    try:
-        deadline_s = time.monotonic() + 30
-        while True:
-            assert process.poll() is None, process.stderr.read() if process.stderr else ""
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                assert time.monotonic() < deadline_s
-                time.sleep(0.02)
+    with running_nginx(conf, directory, port):
         yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.communicate()
 
 
 @pytest.fixture

@@ -157,6 +157,31 @@ def test_the_best_version_and_the_one_under_evaluation_keep_their_weights(
         store.manifest(20)
 
 
+def test_a_claim_may_be_asked_for_again_when_its_answer_was_lost(board: Board, store: DirectoryWeightStore) -> None:
+    evaluations = BoardEvaluations(board, store)
+    publish(store, 0)
+
+    answers = [claim(evaluations, 0, actor_id).granted for actor_id in ("a", "a", "b", "a")]
+
+    assert answers == [True, True, False, True]
+
+
+def test_evaluations_that_come_to_nothing_keep_no_weights(
+    board: Board, store: DirectoryWeightStore, clock: Clock
+) -> None:
+    evaluations = BoardEvaluations(board, store, clock=clock)
+    for interval in range(KEPT_INTERVALS + 5):
+        publish(store, 10 * interval)
+        assert claim(evaluations, 10 * interval).granted
+        clock.advance(61)
+    publish(store, 10_000)
+    assert claim(evaluations, 10_000).granted
+    publish(store, 10_001)
+
+    assert store.status().versions == [10_000, 10_001]
+    assert len(board.notes()) == KEPT_INTERVALS
+
+
 def test_a_version_that_is_gone_cannot_be_claimed_and_the_interval_stays_free(
     board: Board, store: DirectoryWeightStore
 ) -> None:

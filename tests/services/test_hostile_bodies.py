@@ -95,6 +95,23 @@ def test_a_deeply_nested_json_body_is_a_named_error(service: str, route: str) ->
     assert (response.status_code, response.json()["error"]) == (422, "invalid_request")
 
 
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_json_bomb_is_a_named_error(service: str, route: str) -> None:
+    response = send(service, route, b'{"groups":[' + b"[]," * 100_000 + b"[]]}")
+
+    assert (response.status_code, response.json()["error"]) == (422, "invalid_request")
+    assert response.json()["detail"] == "the body has more lists and maps than a record of this size can hold"
+
+
+@pytest.mark.parametrize(("route", "field"), [("POST /v1/groups", "groups"), ("POST /v1/trajectories", "trajectories")])
+def test_more_records_than_a_request_may_bring_are_refused_unread(service: str, route: str, field: str) -> None:
+    response = send(service, route, b'{"schema":1,"%s":[' % field.encode() + b"1," * 65_536 + b"1]}")
+
+    assert response.status_code == 422
+    assert f"{field}: " in response.json()["detail"]
+    assert "at most 65536 items" in response.json()["detail"]
+
+
 @pytest.mark.parametrize(
     ("route", "body"),
     [

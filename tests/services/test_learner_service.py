@@ -131,6 +131,7 @@ def test_a_learner_trains_over_http_is_killed_resumes_and_ends(model_dir: Path, 
     assert stats["metrics"]["age/updates_p50"] == killed_at + 3
     lines = [json.loads(line) for line in (learner_dir / "metrics.jsonl").read_text().splitlines()]
     assert undocumented(lines[-1].keys() - {"updates", "version"}) == []
+    assert (learner_dir / "final").readlink() == Path(f"final-{killed_at + 4:08d}")
     assert [line["updates"] for line in lines[-3:]] == [end - 2, end - 1, end]
     assert [line["version"] for line in lines[-3:]] == [killed_at + 2, killed_at + 3, killed_at + 4]
     assert len(list((learner_dir / "tensorboard").glob("events.out.tfevents.*"))) == 2
@@ -138,7 +139,9 @@ def test_a_learner_trains_over_http_is_killed_resumes_and_ends(model_dir: Path, 
     assert state["settings"]["learner"]["groups_per_update"] == 2
 
 
-def test_the_best_evaluated_version_is_kept_beside_the_checkpoints(model_dir: Path, tmp_path: Path) -> None:
+def test_the_best_evaluated_version_and_the_last_one_are_kept_beside_the_checkpoints(
+    model_dir: Path, tmp_path: Path
+) -> None:
     best = tmp_path / RUN_ID / "learner" / "best"
     with serving(make_context(tmp_path / "service", limiter=GENEROUS)) as url, ThreadPoolExecutor(1) as executor:
 
@@ -158,11 +161,14 @@ def test_the_best_evaluated_version_is_kept_beside_the_checkpoints(model_dir: Pa
         run_learner(_config(tmp_path, url, model_dir, *more), resume=False)
         fed.result()
 
-    assert best.readlink() == Path("best-00000000")
-    assert model_fingerprint(best) == model_fingerprint(model_dir)
-    kept, first = (safetensors.torch.load_file(where / "model.safetensors") for where in (best, model_dir))
-    assert kept.keys() == first.keys()
+    final = best.with_name("final")
+    assert (best.readlink(), final.readlink()) == (Path("best-00000000"), Path("final-00000001"))
+    assert model_fingerprint(best) == model_fingerprint(final) == model_fingerprint(model_dir)
+    assert not (final / "evaluation.json").exists()
+    kept, last, first = (safetensors.torch.load_file(at / "model.safetensors") for at in (best, final, model_dir))
+    assert kept.keys() == last.keys() == first.keys()
     assert all(tensor.equal(first[name]) for name, tensor in kept.items())
+    assert not any(tensor.equal(first[name]) for name, tensor in last.items())
 
 
 def test_every_tenth_update_logs_the_thresholds_to_choose_from(
@@ -269,6 +275,7 @@ def test_service_and_learner_train_together_by_their_defaults(model_dir: Path, t
             process.terminate()
             assert process.wait(30) == 0, log_path.read_text()
         client.close()
+        assert not (tmp_path / RUN_ID / "learner" / "final").exists()  # it was told to stop before its end
     finally:
         service.stop()
 

@@ -65,6 +65,15 @@ def test_silent_actor_is_forgotten_and_the_learner_is_not(board: Board, clock: C
 def test_absent_redis_is_a_named_error(clock: Clock) -> None:
     with (
         connect("redis://127.0.0.1:1/0") as client,
-        pytest.raises(StoreUnavailable, match=r"redis does not answer: .*refused"),
+        pytest.raises(StoreUnavailable, match=r"Redis does not answer: .*refused"),
     ):
         Presence(RedisBoard(client, key="presence"), clock=clock).read()
+
+
+def test_a_message_of_another_version_of_the_service_is_forgotten_and_the_others_are_read(board: Board) -> None:
+    presence = Presence(board)
+    presence.heartbeat("a", beat(1))
+    board.put("actor:b", '{"received_s": 1.0, "message": {"a field": "that this version does not know"}}')
+
+    assert [[actor.actor_id for actor in presence.read()[1]] for _ in range(2)] == [["a"], ["a"]]
+    assert list(board.notes()) == ["actor:a"]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import redis
 
 from buffer.client import ServiceClient
 from buffer.codec import encode_group
@@ -155,6 +156,27 @@ def test_death_of_its_redis_ends_the_service_with_a_sentence(serve: ServeProcess
 
     assert (refused.status_code, refused.json()["error"]) == (503, "store_unavailable")
     assert exit_code == 3
+    assert "stalewise: our own Redis has died" in serve.log_path.read_text()
+
+
+def test_a_redis_that_cannot_write_to_its_disk_is_watched_until_it_dies(serve: ServeProcess, tmp_path: Path) -> None:
+    serve.wait_until_ready()
+    with redis.Redis(unix_socket_path=str(serve.directory / "redis" / "redis.sock")) as own:
+        own.config_set("save", "3600 1")
+        gone = tmp_path / "gone"
+        gone.mkdir()
+        own.config_set("dir", str(gone))
+        gone.rmdir()
+        own.bgsave()
+        while own.info("persistence")["rdb_last_bgsave_status"] == "ok":
+            time.sleep(0.02)
+        with pytest.raises(redis.exceptions.ResponseError, match="MISCONF"):
+            own.ping()
+        time.sleep(2.5)  # two looks of the watch
+        pid = own.info("server")["process_id"]
+    os.kill(pid, signal.SIGKILL)
+
+    assert serve.process.wait(30) == 3
     assert "stalewise: our own Redis has died" in serve.log_path.read_text()
 
 

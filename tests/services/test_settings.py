@@ -11,6 +11,13 @@ from services.address import write_address
 from services.settings import RunConfig, connect, describe, load_config
 from tests.services.live import stalewise
 
+REVAL_SCHEDULE = [
+    "limiter.samples_per_insert=4",
+    "learner.selector={kind = 'fresh'}",
+    "learner.replay_updates=3",
+]
+"""One fresh update, then three replayed ones."""
+
 
 def test_later_sources_win(tmp_path: Path) -> None:
     toml = tmp_path / "recipe.toml"
@@ -32,6 +39,9 @@ def test_later_sources_win(tmp_path: Path) -> None:
         ("run.runs_dir=007", 'run.runs_dir = "007"'),
         ("service.token=12345678", 'service.token = "**********"'),
         ("service.tokens.admin=1234567890", 'service.tokens.admin = ["**********"]'),
+        ("service.redis_url=redis://me:a/b@host:6379/1", 'service.redis_url = "redis://me:***@host:6379/1"'),
+        ("service.redis_url=unix:///s?db=1&password=a&x=y", 'service.redis_url = "unix:///s?db=1&password=***&x=y"'),
+        ("service.redis_url=redis://redis:6379/0", 'service.redis_url = "redis://redis:6379/0"'),
         ("service.url=null", "service.url = null"),
         ("run.name=demo-1", 'run.name = "demo-1"'),
         ('run.name="demo 1"'.replace(" ", ""), 'run.name = "demo1"'),
@@ -76,6 +86,10 @@ def test_values_are_toml_or_json_or_bare_words(override: str, expected: str) -> 
         ("table=3", "table: input should be a valid dictionary or instance of TableSettings, got 3"),
         ("run.name.first=x", 'run.name: input should be a valid string, got {"first": "x"}'),
         ("table.ttl_s", "--set table.ttl_s is not key=value (write for example --set table.ttl_s=60)"),
+        (
+            "table.max_group_bytes=200000000",
+            "table.max_group_bytes=200000000 is above service.max_body_bytes=134217728: no request could bring such a",
+        ),
         ("weights.store=gs://b", "weights.store: want directory or s3://bucket/prefix, got gs://b"),
         ("weights.store=s3://Weights", "weights.store: want directory or s3://bucket/prefix, got s3://Weights"),
         (
@@ -103,11 +117,42 @@ def test_bad_setting_is_one_sentence_that_names_it_and_shows_no_token(override: 
 
 
 def test_replayed_draws_must_be_possible_too() -> None:
-    mixed = ["learner.replay_selector={kind = 'mix', fresh = 0.5}", "limiter.samples_per_insert=4"]
+    weighted = ["learner.replay_selector={kind = 'weighted', by = 'recency'}"]
 
-    load_config(None, overrides=mixed)
-    with pytest.raises(InvalidSettings, match=r"by learner\.replay_selector can never be served: 50% of the draw must"):
-        load_config(None, overrides=[*mixed, "learner.replay_updates=1"])
+    load_config(None, overrides=weighted)
+    with pytest.raises(
+        InvalidSettings, match=r"by learner\.replay_selector can never be served: the draw is weighted by"
+    ):
+        load_config(None, overrides=[*weighted, "learner.replay_updates=1"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "shares"),
+    [
+        (["limiter.samples_per_insert=2", "learner.selector={kind = 'fresh'}"], ("100%", "50%")),
+        (["limiter.samples_per_insert=2", "learner.selector={kind = 'mix', fresh = 0.75}"], ("75%", "50%")),
+        (["limiter.samples_per_insert=4", "learner.replay_selector={kind = 'mix', fresh = 0.5}"], None),
+        (
+            [
+                "limiter.samples_per_insert=5",
+                "learner.replay_selector={kind = 'mix', fresh = 0.5}",
+                "learner.replay_updates=1",
+            ],
+            ("25%", "20%"),
+        ),
+        (REVAL_SCHEDULE, None),
+        ([*REVAL_SCHEDULE, "limiter.samples_per_insert=4.5"], ("25%", "22%")),
+    ],
+)
+def test_draws_may_want_as_many_fresh_groups_as_come_in(overrides: list[str], shares: tuple[str, str] | None) -> None:
+    if shares is None:
+        load_config(None, overrides=overrides)
+        return
+    with pytest.raises(InvalidSettings) as caught:
+        load_config(None, overrides=overrides)
+
+    assert caught.value.detail.startswith(f"{shares[0]} of what the learner draws must be fresh")
+    assert caught.value.detail.endswith(f"only {shares[1]} can be")
 
 
 @pytest.mark.parametrize("command", ["serve", "learn", "act", "demo"])

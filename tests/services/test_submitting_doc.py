@@ -2,20 +2,29 @@
 
 import json
 import re
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from buffer.client import HttpWeightStore, ServiceClient
 from buffer.memory_table import MemoryTable
 from buffer.rate_limiter import RateLimiterSettings
 from buffer.table import TableSettings
 from buffer.types import InsertOutcome
+from learner.snapshot import take_snapshot
 from services.intake_api import STATUS
+from tests.factories import RUN_ID
+from tests.learner.builders import make_policy, save_tiny_model
+from tests.learner.stores import publisher_to
 from tests.services.live import make_context, serving
 
 PAGE = (Path(__file__).parents[2] / "docs" / "submitting.md").read_text()
-EXAMPLES = re.findall(r"8642(/v1/\w+) .*? -d '(.*?)'\n```", PAGE, re.DOTALL)
+EXAMPLES = re.findall(r"8642(/v1/\w+) [^\n]* -d '(.*?)'\n```", PAGE, re.DOTALL)
 
 
 @pytest.mark.parametrize(("path", "body"), EXAMPLES, ids=[path for path, _ in EXAMPLES])
@@ -32,6 +41,39 @@ def test_example_is_taken_as_it_stands(tmp_path: Path, path: str, body: str) -> 
 
 def test_page_has_an_example_of_each_route() -> None:
     assert [path for path, _ in EXAMPLES] == ["/v1/groups", "/v1/trajectories"]
+
+
+def test_an_engine_of_ones_own_follows_the_published_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = re.search(r"<!-- test:follow -->\n```python\n(.*?)```", PAGE, re.DOTALL)
+    assert found is not None
+    save_tiny_model(tmp_path / "model")
+    policy = make_policy(tmp_path / "model")
+    loaded: list[tuple[int, float]] = []
+    monkeypatch.chdir(tmp_path)
+
+    with serving(make_context(tmp_path / "service")) as url, closing(ServiceClient(url)) as client:
+        publisher = publisher_to(HttpWeightStore(client), run_id=RUN_ID)
+
+        def publish(version: int) -> None:
+            with torch.no_grad():
+                policy.model.get_parameter("model.norm.weight").fill_(version)
+            publisher.begin(take_snapshot(policy, dtype="float32", tolerance_nats=0.05), version=version)
+            publisher.flush()
+
+        def load(tensors: dict[str, torch.Tensor], version: int) -> None:
+            assert tensors.keys() == load_file(tmp_path / "model" / "model.safetensors").keys()
+            loaded.append((version, tensors["model.norm.weight"][0].item()))
+            if version == 2:
+                raise KeyboardInterrupt
+            publish(version + 1)
+
+        publish(0)
+        names: dict[str, Any] = {"load": load}
+        with pytest.raises(KeyboardInterrupt):
+            exec(found[1].replace("http://127.0.0.1:8642", url), names)
+        names["client"].close()
+
+    assert loaded == [(0, 0.0), (1, 1.0), (2, 2.0)]
 
 
 def test_table_names_every_outcome_with_its_status() -> None:

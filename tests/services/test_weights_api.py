@@ -98,6 +98,29 @@ def test_payload_is_immutable_and_can_be_had_in_ranges(
     assert dict(response.headers) | expected | always == dict(response.headers)
 
 
+def test_nothing_more_is_read_for_a_caller_that_hung_up(tmp_path: Path) -> None:
+    payload, read = bytes(64 << 20), 0
+
+    class Counting(DirectoryWeightStore):
+        def blob_range(self, sha256: str, start: int, stop: int) -> Iterator[bytes]:
+            nonlocal read
+            for chunk in super().blob_range(sha256, start, stop):
+                read += len(chunk)
+                yield chunk
+
+    with serving(make_context(tmp_path, weights=Counting(tmp_path / "weights"))) as url:
+        blob = f"{url}/v1/weights/blobs/{sha256(payload).hexdigest()}"
+        assert httpx.put(blob, content=payload).status_code == 204
+        with httpx.stream("GET", blob) as response:
+            next(response.iter_raw())
+        read_at_first = -1
+        while read != read_at_first:
+            read_at_first = read
+            time.sleep(0.2)
+
+    assert 0 < read < len(payload)
+
+
 @pytest.mark.parametrize("asked", ["bytes=18-", "bytes=99-100", "bytes=9-4", "bytes=-0"])
 def test_range_outside_the_payload_is_416_in_the_one_error_shape(http: httpx.Client, asked: str) -> None:
     publish(http, 0)

@@ -1,4 +1,4 @@
-"""The best version beside training: which one it is, what is in it, and what a crash or an absent service leaves."""
+"""A kept version beside training: which one it is, what is in it, and what a crash or an absent service leaves."""
 
 import json
 import threading
@@ -15,9 +15,9 @@ from buffer.errors import NotFound, ServiceUnreachable
 from buffer.evaluations import ClaimAnswer, Evaluation, EvaluationBoard, EvaluationClaim
 from buffer.types import PolicyVersion
 from buffer.weights.manifest import Payload
-from learner.best import BestWeights
 from learner.collate import collate
 from learner.evaluation import EvaluationWatch
+from learner.kept import KeptVersion
 from learner.policy import Policy
 from learner.settings import LoraSettings
 from learner.snapshot import take_snapshot
@@ -64,7 +64,7 @@ def _publish(store: ListedStore, policy: Policy, versions: Sequence[PolicyVersio
         publisher.flush()
 
 
-def _look(board: _Board, best: BestWeights, tmp_path: Path) -> None:
+def _look(board: _Board, best: KeptVersion, tmp_path: Path) -> None:
     """Look once, as a learner does that was just started."""
     path = tmp_path / "evaluations.jsonl"
     EvaluationWatch(board, path, patience_evaluations=None, best_weights=best, stop=threading.Event()).look()
@@ -84,7 +84,7 @@ def test_the_best_version_is_kept_as_a_model_that_can_be_trained_on(model_dir: P
     (tmp_path / "old" / "model.safetensors.index.json").write_text("{}")
     store, board = _Store(), _Board()
     _publish(store, make_policy(model_dir), [0, 10, 20, 30])
-    best = BestWeights(store, tmp_path, model_dir=tmp_path / "old")
+    best = KeptVersion(store, tmp_path, "best", model_dir=tmp_path / "old")
     kept: list[tuple[int | None, float]] = [(best.version, 0.0)]
 
     for version, pass_1 in [(0, 0.3), (20, 0.5), (30, 0.5), (10, 0.6)]:  # the last result comes late
@@ -105,7 +105,7 @@ def test_a_crash_or_an_absent_service_leaves_the_one_before_and_the_next_look_me
 ) -> None:
     store, board = _Store(), _Board([result(0, pass_1=0.3)])
     _publish(store, make_policy(model_dir), [0, 10])
-    best = BestWeights(store, tmp_path, model_dir=model_dir)
+    best = KeptVersion(store, tmp_path, "best", model_dir=model_dir)
     _look(board, best, tmp_path)
     (tmp_path / "best-00000010").mkdir()  # a learner that was killed before the link moved
     (tmp_path / ".best-draft").mkdir()
@@ -127,7 +127,7 @@ def test_a_crash_or_an_absent_service_leaves_the_one_before_and_the_next_look_me
 def test_a_version_that_the_store_has_lost_is_said_once(
     model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    board, best = _Board([result(7, pass_1=0.3)]), BestWeights(_Store(), tmp_path, model_dir=model_dir)
+    board, best = _Board([result(7, pass_1=0.3)]), KeptVersion(_Store(), tmp_path, "best", model_dir=model_dir)
     path = tmp_path / "evaluations.jsonl"
     watch = EvaluationWatch(board, path, patience_evaluations=None, best_weights=best, stop=threading.Event())
 
@@ -137,7 +137,7 @@ def test_a_version_that_the_store_has_lost_is_said_once(
 
     assert caplog.text.count("is not kept yet: there is no version 7") == 1
     with pytest.raises(NotFound):
-        best.keep(result(7))
+        best.keep(7)
 
 
 def test_of_an_adapter_version_peft_loads_what_was_published(model_dir: Path, tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_of_an_adapter_version_peft_loads_what_was_published(model_dir: Path, tm
     publisher = publisher_to(store, keyframe_every=1)
     publisher.begin(take_snapshot(trainer.policy, dtype="float32", tolerance_nats=0.05), version=3)
 
-    BestWeights(store, tmp_path, model_dir=model_dir).keep(result(3))
+    KeptVersion(store, tmp_path, "best", model_dir=model_dir).keep(3)
 
     config = json.loads((tmp_path / "best" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(model_dir)
