@@ -41,6 +41,7 @@ NUM_EVALUATIONS = 12
 FINAL_PASSES = 4
 """Passes over the 512 held-out prompts for the final accuracy: a standard error of one point or less."""
 MICRO_BATCH_TOKENS = 32_768
+GRAD_CLIP_NORM = 1.0
 INITIAL_SEED = 1_000_000
 """Added to a run's seed for the data of the initial policy, or the later batches would ask the same prompts again."""
 REPORTED = ("ratio/variance", "effective_samples/share", "k3/nats_mean", "gradient/norm", "multiplier/variance")
@@ -90,7 +91,7 @@ class Result:
 class Simulation:
     """Actor and learner of one run, in turns."""
 
-    def __init__(self, run: Run, models: Path, scratch: Path) -> None:
+    def __init__(self, run: Run, models: Path, scratch: Path, *, grad_clip_norm: float = GRAD_CLIP_NORM) -> None:
         self.run = run
         self._scratch = scratch
         torch.set_num_threads(1)
@@ -99,7 +100,7 @@ class Simulation:
         self.actor = _actor_settings(self.task)
         model_dir = checkpoint(models, run.task, run.warmup_seed)
         self.engine = TorchEngine(model_dir, seed=run.seed)
-        self.trainer = _trainer(run, model_dir)
+        self.trainer = _trainer(run, model_dir, grad_clip_norm)
         self._rollouts = _rollouts(self.engine, self.task, self.actor, seed=run.seed)
         self.load()
         self._queue = deque(_initial_batches(model_dir, run.task, run.lag, seed=INITIAL_SEED + run.seed))
@@ -196,18 +197,23 @@ def _actor_settings(task: StudyTask) -> ActorSettings:
     return ActorSettings(group_size=GROUP_SIZE, groups_per_batch=GROUPS_PER_UPDATE, max_new_tokens=answer_tokens(task))
 
 
-def _settings(run: Run) -> LearnerSettings:
+def _settings(run: Run, grad_clip_norm: float = GRAD_CLIP_NORM) -> LearnerSettings:
     return LearnerSettings(
         objective=ObjectiveSettings(name=run.objective, options=dict(run.options)),
-        optimizer=OptimizerSettings(lr=run.lr, schedule=run.schedule, warmup_updates=min(20, run.updates)),
+        optimizer=OptimizerSettings(
+            lr=run.lr,
+            schedule=run.schedule,
+            warmup_updates=min(20, run.updates),
+            grad_clip_norm=grad_clip_norm,
+        ),
         groups_per_update=GROUPS_PER_UPDATE,
         total_updates=run.updates,
         micro_batch_tokens=MICRO_BATCH_TOKENS,
     )
 
 
-def _trainer(run: Run, model_dir: Path) -> Trainer:
-    settings = _settings(run)
+def _trainer(run: Run, model_dir: Path, grad_clip_norm: float) -> Trainer:
+    settings = _settings(run, grad_clip_norm)
     return Trainer(
         policy=Policy.load(model_dir, device="cpu", micro_batch_tokens=MICRO_BATCH_TOKENS, compute=settings.compute),
         objective=build_objective(run.objective, run.options),
