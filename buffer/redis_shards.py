@@ -44,11 +44,12 @@ def _claim_shards(client: RedisClient, num_shards: int, run_id: str) -> None:
 def _claim_weighting(client: RedisClient, settings: TableSettings, run_id: str) -> None:
     wanted = settings.weighting.model_dump_json() if settings.weighting else "none"
     note = shard_prefix(run_id, 0) + "weighting"
+    client.set(note, wanted, nx=True)  # a run that was begun by an earlier build has no note: it is taken as it is
     noted: Any = client.get(note)
-    if noted is not None and noted.decode() == wanted:
+    if noted.decode() == wanted:
         return
     prefixes = [shard_prefix(run_id, shard) for shard in range(settings.shards)]
-    if noted is not None and any(client.zcard(prefix + "train") for prefix in prefixes):
+    if any(client.zcard(prefix + "train") for prefix in prefixes):
         raise InvalidSettings(
             f"table.weighting={wanted}, but the stored groups of run {run_id} have weights by {noted.decode()}",
             hint="keep the weighting, or export the groups and import them into a new run",

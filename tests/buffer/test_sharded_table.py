@@ -301,6 +301,17 @@ def test_number_of_shards_is_fixed_for_the_life_of_a_run(client: RedisClient) ->
         claim_layout(client, TableSettings(shards=4), "begun-before")
 
 
+def test_a_run_of_a_build_that_noted_no_weighting_keeps_its_weights(client: RedisClient) -> None:
+    settings = TableSettings(weighting=RankWeighting())
+    table = open_table(client, settings, OPEN, RUN_ID)
+    table.advance_version(0)
+    table.insert([make_group("a")])
+
+    claim_layout(client, settings, RUN_ID)
+
+    assert ids(table.sample(request("r", selector=Weighted(by="rank")))) == ["a"]
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 def test_weighting_is_fixed_while_groups_are_stored(client: RedisClient, shards: int) -> None:
     def table(weighting: Weighting | None) -> ServedTable:
