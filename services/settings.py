@@ -160,7 +160,7 @@ def _check_sizes(config: RunConfig) -> None:
         raise InvalidSettings(
             f"table.max_group_bytes={config.table.max_group_bytes} is above "
             f"service.max_body_bytes={config.service.max_body_bytes}: no request could bring such a group",
-            hint="raise service.max_body_bytes to at least twice as much",
+            hint="raise service.max_body_bytes to twice as much, or lower table.max_group_bytes",
         )
 
 
