@@ -109,7 +109,7 @@ class Trajectory(Record):
     token_rewards: Float32Array | None = None
     """[T] float32, optional per-token rewards, finite."""
     episode_id: Identifier | None = None
-    """Trajectories of one episode share one reward and count once in the baseline."""
+    """Trajectories of one episode count once in the baseline, by the mean of their rewards, which are usually one."""
     kept_token_ids: Int32Array | None = None
     """The ids that survived truncated sampling, token after token; required when `sampling` truncates. Without
     truncation: the ids, such as the most likely ones, that `distribution_logprobs` is about."""

@@ -177,14 +177,12 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     """A matrix product in float32, also of 16-bit factors."""
     if left.is_cuda and left.dtype != torch.float32:
         return torch.mm(left, right, out_dtype=torch.float32)
-    return torch.mm(left, right).float()
+    return torch.mm(left.float(), right.float())
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add a matrix product to a float32 matrix in place."""
-    if left.dtype == torch.float32:
-        total.addmm_(left, right)
-    elif left.is_cuda:
+    if left.is_cuda and left.dtype != torch.float32:
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     else:
-        total += torch.mm(left, right)
+        total.addmm_(left.float(), right.float())

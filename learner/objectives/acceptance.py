@@ -18,17 +18,19 @@ from learner.tokens import Column, Tokens
 THRESHOLDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 """Where the acceptance curve is read, from the tightest threshold in use to one that one wild token passes."""
 
-ACCEPTANCES = (0.5, 0.7, 0.9)
-"""Shares of sequences whose thresholds are reported; the paper works at 0.7 and above."""
+ACCEPTANCES = (50, 70, 90)
+"""Per cent of the sequences whose thresholds are reported; the paper works at 70 and above."""
 
 
 @torch.no_grad()
 def acceptance_curve(tokens: Tokens) -> dict[str, Tensor]:
-    """Return [] each: the thresholds of each statistic that keep ACCEPTANCES, and the shares that THRESHOLDS keep."""
+    """Return [] each: the lowest thresholds that keep ACCEPTANCES of each statistic, the shares that THRESHOLDS keep."""
     metrics: dict[str, Tensor] = {}
     for name, suffix, values in _statistics(tokens):
-        for share in ACCEPTANCES:
-            metrics[f"trust_region/{name}_p{round(100 * share)}{suffix}"] = values.quantile(share)
+        ascending = values.sort().values
+        for percent in ACCEPTANCES:
+            rank = -(-percent * len(ascending) // 100)  # a value between two ranks would keep fewer than it says
+            metrics[f"trust_region/{name}_p{percent}{suffix}"] = ascending[rank - 1]
         for threshold in THRESHOLDS:
             kept = (values <= threshold).float().mean()
             metrics[f"trust_region/{name}_within_{f'{threshold:g}'.replace('.', '_')}_share{suffix}"] = kept
@@ -62,12 +64,11 @@ def bound_metrics(tokens: Tokens, sequences: Mapping[str, Tensor]) -> dict[str, 
 
 def acceptance_sentence(metrics: Mapping[str, float]) -> str:
     """Return the thresholds that keep each share of ACCEPTANCES in one line, from the metrics of one step."""
-    percent = [round(100 * share) for share in ACCEPTANCES]
     curves = [
-        f"{name}{suffix} " + " / ".join(f"{metrics[f'trust_region/{name}_p{p}{suffix}']:.3g}" for p in percent)
-        for name, suffix in re.findall(rf"trust_region/(\w+)_p{percent[0]}(\w*)", " ".join(metrics))
+        f"{name}{suffix} " + " / ".join(f"{metrics[f'trust_region/{name}_p{p}{suffix}']:.3g}" for p in ACCEPTANCES)
+        for name, suffix in re.findall(rf"trust_region/(\w+)_p{ACCEPTANCES[0]}(\w*)", " ".join(metrics))
     ]
-    return f"thresholds that keep {' / '.join(map(str, percent))} % of the sequences: {', '.join(curves)}"
+    return f"thresholds that keep {' / '.join(map(str, ACCEPTANCES))} % of the sequences: {', '.join(curves)}"
 
 
 def _statistics(tokens: Tokens) -> Iterator[tuple[str, str, Tensor]]:

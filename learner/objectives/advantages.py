@@ -1,7 +1,7 @@
 """How much better a trajectory did than its siblings: [B, 1], from the whole group, before any gate.
 
-An episode counts once in the baseline, however many trajectories it has. A group of one episode has nothing to compare
-with: its baseline is 0 and its scale 1, so its advantage is its reward.
+An episode counts once in the baseline, by the mean reward of its trajectories. A group of one episode has nothing to
+compare with: its baseline is 0 and its scale 1, so its advantage is its reward.
 """
 
 import torch
@@ -25,10 +25,11 @@ def group_mean(tokens: Tokens) -> Tensor:
 
 @Advantage
 def leave_one_out(tokens: Tokens) -> Tensor:
-    """r - mean(r of the other episodes of the group) = n / (n - 1) * (r - mean)."""
+    """r - mean(r of the other episodes of the group) = n / (n - 1) * (r - mean) where an episode has one reward."""
     episodes = _episodes_in_group(tokens)
     factor = episodes / (episodes - 1).clamp(min=1)
-    return (factor * _centred(tokens)).float()[:, None]
+    within_episode = tokens.rewards.double() - _episode_mean(tokens)
+    return (factor * _centred(tokens) - (factor - 1) * within_episode).float()[:, None]
 
 
 def standardised(*, lost_degrees: int, epsilon: float) -> Advantage:
@@ -47,9 +48,10 @@ def standardised(*, lost_degrees: int, epsilon: float) -> Advantage:
 
 @Advantage
 def batch_normalised(tokens: Tokens) -> Tensor:
-    """(r - mean of the group) / (std over the batch of that + 1e-8), counting trajectories (arXiv 2501.03262)."""
+    """Whiten r - mean of the group over the batch: (x - mean) / (std + 1e-8), by trajectories (arXiv 2501.03262)."""
     centred = _centred(tokens)
-    return (centred / (centred.std(correction=0) + 1e-8)).float()[:, None]
+    deviations = centred - centred.mean()  # groups of one, which have no mean of their own, are compared here
+    return (deviations / (deviations.std(correction=0) + 1e-8)).float()[:, None]
 
 
 def shifted(advantage: Advantage, *, by: float) -> Advantage:
@@ -68,6 +70,12 @@ def _centred(tokens: Tokens) -> Tensor:
 def _episodes_in_group(tokens: Tokens) -> Tensor:
     """[B] float64: distinct episodes of each trajectory's group."""
     return _sum_over_group(tokens, torch.ones_like(tokens.rewards, dtype=torch.float64)).round()
+
+
+def _episode_mean(tokens: Tokens) -> Tensor:
+    """[B] float64: the mean reward of each trajectory's episode."""
+    is_member = (tokens.episode[:, None] == tokens.episode).double()
+    return (is_member @ tokens.rewards.double()) / is_member.sum(-1)
 
 
 def _sum_over_group(tokens: Tokens, values: Tensor) -> Tensor:

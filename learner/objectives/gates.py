@@ -99,6 +99,15 @@ def inside_clip(ratio: TokenPiece, *, low: float, high: float) -> Gate:
     return gate
 
 
+def inside_dual_clip(ratio: TokenPiece, *, floor: float) -> Gate:
+    """Close bad tokens whose ratio is above `floor`."""
+
+    def gate(tokens: Tokens, advantage: Tensor) -> Tensor:
+        return (tokens.once(ratio) <= floor) | (advantage >= 0)
+
+    return gate
+
+
 def inside_band(ratio: TokenPiece, *, low: float, high: float) -> Gate:
     """Close tokens whose ratio lies outside [low, high], whatever their advantage."""
 

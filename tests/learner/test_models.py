@@ -25,6 +25,7 @@ from transformers import (
 
 from buffer.errors import InvalidSettings
 from learner.collate import Batch, collate
+from learner.head import HeadShape
 from learner.policy import Policy
 from learner.settings import ComputeSettings
 from learner.tokens import Column
@@ -195,6 +196,17 @@ def test_bfloat16_keeps_weights_and_gradients_in_float32_and_comes_close(model_d
     assert rounded.dtype == torch.float32
     assert 1e-4 < float(apart.max()) < 0.5
     assert {tensor.dtype for tensor in (*policy.weights().values(), *_gradients(policy, batch))} == {torch.float32}
+
+
+def test_bfloat16_factors_have_float32_logits() -> None:
+    """A logit of 8 or more that is rounded to bfloat16 lies on a grid of 1/16: a false ratio of 3 %."""
+    hidden, matrix = torch.randn(4, 64).bfloat16(), torch.randn(32, 64).bfloat16()
+
+    logits = HeadShape(dtype=torch.bfloat16).logits(hidden, matrix, None)
+
+    exact = hidden.double() @ matrix.double().T
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), exact, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["qwen2, tied", "qwen3, untied", "gemma2, caps and window"])

@@ -21,7 +21,8 @@ from tests.learner.objectives.plain_loops import (
 
 
 def batch_normalised(rows: Sequence[Row], i: int) -> float:
-    return group_mean(rows, i) / (statistics.pstdev(group_mean(rows, j) for j in range(len(rows))) + 1e-8)
+    centred = [group_mean(rows, j) for j in range(len(rows))]
+    return (centred[i] - statistics.fmean(centred)) / (statistics.pstdev(centred) + 1e-8)
 
 
 def score_by_sequence(

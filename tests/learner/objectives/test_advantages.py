@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.objectives.advantages import group_mean, leave_one_out, no_baseline, standardised
+from learner.objectives.advantages import batch_normalised, group_mean, leave_one_out, no_baseline, standardised
 from learner.tokens import Tokens
 from tests.learner.objectives.batches import one_batch
 
@@ -39,11 +39,28 @@ def test_an_episode_counts_once_in_the_baseline() -> None:
     assert flat(leave_one_out(tokens)) == pytest.approx([1.0, 1.0, 1.0, -1.0])
 
 
+def test_trajectories_of_one_episode_may_have_rewards_of_their_own() -> None:
+    tokens = rewards([1.0, 0.0, 0.0], group=[0, 0, 0], episode=[0, 0, 1])
+
+    assert flat(group_mean(tokens)) == pytest.approx([0.75, -0.25, -0.25])
+    assert flat(leave_one_out(tokens)) == pytest.approx([1.0, 0.0, -0.5])  # the others': 0, 0 and (1 + 0) / 2
+
+
 def test_a_group_of_one_episode_has_no_baseline_however_many_trajectories_it_has() -> None:
     tokens = rewards([0.5, 0.5], group=[0, 0], episode=[1, 1])
 
     for advantage in (group_mean, leave_one_out, standardised(lost_degrees=1, epsilon=1e-6)):
         assert flat(advantage(tokens)) == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([1.0, 0.0, 1.0], [0.7071, -1.4142, 0.7071]), ([1.0, 1.0, 1.0], [0.0, 0.0, 0.0]), ([0.5], [0.0])],
+)
+def test_groups_of_one_are_compared_over_the_batch(values: list[float], expected: list[float]) -> None:
+    tokens = rewards(values, group=list(range(len(values))))
+
+    assert flat(batch_normalised(tokens)) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("reward", [0.1, 0.7, -3.3, 1e4])

@@ -150,12 +150,13 @@ def test_a_sequence_is_as_old_as_its_oldest_trained_token_and_foreign_with_one_f
         assert shares == [f"gate/trust_region_max_estimate_age_{bucket}_sequences_kept_share"]
 
 
-def test_the_acceptance_curve_gives_the_threshold_that_keeps_that_share() -> None:
-    threshold = diagnosed()["trust_region/max_k2_nats_p50_estimate"]
+@pytest.mark.parametrize(("percent", "share"), [(50, 4 / 8), (70, 6 / 8), (90, 8 / 8)])
+def test_the_acceptance_curve_gives_the_threshold_that_keeps_that_share(percent: int, share: float) -> None:
+    threshold = diagnosed()[f"trust_region/max_k2_nats_p{percent}_estimate"]
 
     kept = diagnosed(max_k2=threshold)["gate/trust_region_max_estimate_sequences_kept_share"]
 
-    assert kept == pytest.approx(0.5)
+    assert kept == pytest.approx(share)
 
 
 def test_residuals_are_reported_with_their_sign_and_without() -> None:

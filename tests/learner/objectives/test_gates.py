@@ -92,13 +92,20 @@ def test_a_gate_is_named_after_what_its_kl_proves(kl: str, gate: str) -> None:
     assert objective(tokens_of(), {}).gates.keys() == {gate}
 
 
-def test_a_clip_reports_the_tokens_without_gradient() -> None:
+@pytest.mark.parametrize(
+    ("name", "options", "gates"),
+    [("dapo", {}, ["clip"]), ("grpo", {"dual_clip": 1.1}, ["clip", "dual_clip"])],
+)
+def test_a_clip_reports_the_tokens_without_gradient(name: str, options: dict[str, object], gates: list[str]) -> None:
     tokens = tokens_of()
 
-    loss = build_objective("dapo", {})(tokens, {})
+    loss = build_objective(name, options)(tokens, {})
 
     has_gradient = gradient(loss.total, tokens.logprobs) != 0
-    assert torch.equal(has_gradient, loss.gates["clip"] & tokens.mask & (group_mean(tokens) != 0))
+    is_open = torch.stack(list(loss.gates.values())).all(0)
+    assert torch.equal(has_gradient, is_open & tokens.mask & (group_mean(tokens) != 0))
+    assert list(loss.gates) == gates
+    assert all((~gate & tokens.mask).any() for gate in loss.gates.values())
 
 
 @pytest.mark.parametrize("options", [{"max_k2": 1e-9}, {"max_k2": 0.05}, {"max_k2": 1e9}])
