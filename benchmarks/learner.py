@@ -99,7 +99,9 @@ def make_batch(lengths: list[int], vocab_size: int) -> Batch:
             )
         name = f"g{start}"
         group = Group(run_id="r", group_id=name, prompt_id=name, split=Split.TRAIN, trajectories=tuple(trajectories))
-        samples.append(Sample(group=group, info=SampleInfo(probability=1.0, times_sampled=1, age_updates=0)))
+        samples.append(
+            Sample(group=group, info=SampleInfo(probability=1.0, num_candidates=1, times_sampled=1, age_updates=0))
+        )
     return collate(samples, clock=0)
 
 

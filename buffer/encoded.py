@@ -13,6 +13,7 @@ class EncodedSample(NamedTuple):
     record: bytes
     """What `encode_group` wrote."""
     probability: float
+    num_candidates: int
     times_sampled: int
     age_updates: int | None
 
@@ -20,6 +21,7 @@ class EncodedSample(NamedTuple):
         """Return the SampleInfo as a plain map."""
         return {
             "probability": self.probability,
+            "num_candidates": self.num_candidates,
             "times_sampled": self.times_sampled,
             "age_updates": self.age_updates,
         }

@@ -7,7 +7,7 @@ from collections import Counter
 from buffer.memory_entry import Entry
 from buffer.prompts import MemoryPrompts, counts_of
 from buffer.remembered import KeptForRepeats, RememberedIds
-from buffer.selectors import Fifo, Fresh, Lifo, Selector, Uniform, Weighted, draw_ranks, num_fresh, rest_of
+from buffer.selectors import Choice, Fifo, Fresh, Lifo, Selector, Uniform, Weighted, draw_ranks, num_fresh, rest_of
 from buffer.staleness import age_updates, is_too_old
 from buffer.table import TableSettings
 from buffer.types import Group, PolicyVersion, Sample, SampleInfo
@@ -108,15 +108,15 @@ class Shelf:
         self.remembered.add(group.group_id, entry.content, now_s)
         self.repeats.add(entry.sequence, entry.size_bytes, entry.used_s, now_s)
 
-    def choose(self, selector: Selector, num_groups: int, lots: list[float]) -> list[tuple[int, float]]:
-        """Return (sequence number, probability) of each chosen group."""
+    def choose(self, selector: Selector, num_groups: int, lots: list[float]) -> list[Choice]:
+        """Return what the selector draws."""
         fresh = list(self.fresh)[: num_fresh(selector, num_groups)]
         num_others = num_groups - len(fresh)
         match rest_of(selector):
             case Fifo():
-                others = [(sequence, 1.0) for sequence in self.train[:num_groups] if sequence not in fresh]
+                others = [Choice(sequence) for sequence in self.train[:num_groups] if sequence not in fresh]
             case Lifo():
-                others = [(sequence, 1.0) for sequence in self.train[: -num_groups - 1 : -1] if sequence not in fresh]
+                others = [Choice(sequence) for sequence in self.train[: -num_groups - 1 : -1] if sequence not in fresh]
             case Uniform():
                 others = self._choose_uniform(fresh, lots)
             case Weighted():
@@ -124,7 +124,7 @@ class Shelf:
                 others = self.weighted.draw(num_others, fresh, lots)
             case Fresh():
                 others = []
-        return [(sequence, 1.0) for sequence in fresh] + others[:num_others]
+        return [Choice(sequence) for sequence in fresh] + others[:num_others]
 
     def num_eligible(self, selector: Selector) -> int:
         """Return how many groups the selector may choose now."""
@@ -132,8 +132,9 @@ class Shelf:
             return len(self.train)
         return self.weighted.num_eligible
 
-    def hand_out(self, entry: Entry, chance: float, clock: PolicyVersion, now_s: float) -> Sample:
-        """Count one use of a group, its last one if the reuse limit says so."""
+    def hand_out(self, choice: Choice, clock: PolicyVersion, now_s: float) -> Sample:
+        """Count one use of a chosen group, its last one if the reuse limit says so."""
+        entry = self.entries[choice.sequence]
         self.uses[entry.uses] -= 1
         entry.uses += 1
         entry.used_s = now_s
@@ -144,16 +145,19 @@ class Shelf:
         if self.weighted is not None:
             self.weighted.hand_out(entry.sequence, clock)
         info = SampleInfo(
-            probability=chance, times_sampled=entry.uses, age_updates=age_updates(clock, entry.group.oldest_version)
+            probability=choice.probability,
+            num_candidates=choice.num_candidates,
+            times_sampled=entry.uses,
+            age_updates=age_updates(clock, entry.group.oldest_version),
         )
         if self._settings.reuse_limit is not None and entry.uses >= self._settings.reuse_limit:
             self.remove(entry, "reuse", now_s)
         return Sample(group=entry.group, info=info)
 
-    def _choose_uniform(self, taken: list[int], lots: list[float]) -> list[tuple[int, float]]:
+    def _choose_uniform(self, taken: list[int], lots: list[float]) -> list[Choice]:
         ranks = [bisect_left(self.train, sequence) for sequence in taken]
-        chance = 1 / max(1, len(self.train) - len(taken))
-        return [(self.train[rank], chance) for rank in draw_ranks(ranks, len(self.train), lots)]
+        number = max(1, len(self.train) - len(taken))
+        return [Choice(self.train[rank], 1 / number, number) for rank in draw_ranks(ranks, len(self.train), lots)]
 
     def _count(self, entry: Entry, change: int) -> None:
         """Enter a train group into the counters of what is stored, or take it out."""

@@ -310,11 +310,9 @@ class MemoryTable:
     def _draw(self, request: SampleRequest, lots: list[float], now_s: float) -> list[Sample]:
         clock = max(request.learner_version, self._latest_version)
         chosen = self._shelf.choose(request.selector, request.num_groups, lots)
-        samples = [
-            self._shelf.hand_out(self._shelf.entries[sequence], chance, clock, now_s) for sequence, chance in chosen
-        ]
+        samples = [self._shelf.hand_out(choice, clock, now_s) for choice in chosen]
         self._sampled += len(samples)
         self._learner_wait = None
         self._wanted_fresh, self._no_room = 0, False
-        self._draws.add(RememberedDraw(request, now_s, [sequence for sequence, _ in chosen], samples))
+        self._draws.add(RememberedDraw(request, now_s, [choice.sequence for choice in chosen], samples))
         return samples

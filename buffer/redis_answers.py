@@ -17,8 +17,8 @@ from buffer.waits import Waiting, report
 
 T = TypeVar("T")
 
-DrawnEntry = tuple[str, int, int | bool, float, int]
-"""member, uses, age or False, probability, bytes: what sample.lua says of a drawn group."""
+DrawnEntry = tuple[str, int, int | bool, float, int, int]
+"""member, uses, age or False, probability, bytes, candidates: what sample.lua says of a drawn group."""
 
 _COUNTERS = ["bytes", "partial_bytes", "tokens", "foreign", "inserted", "sampled", "trajectories"]
 _COUNTERS += ["repeat_bytes", "dropped_repeats"]

@@ -110,7 +110,7 @@ class RedisTable:
         code, rest = self.run_sample(request, "look")
         if code == "no_fit":
             raise self._no_fit(request, rest)
-        return Opening(float(rest[0]), float(rest[1])) if code == "open" else None
+        return Opening(float(rest[0]), float(rest[1]), int(rest[2])) if code == "open" else None
 
     def draw_or_leave(self, request: SampleRequest) -> Iterator[list[EncodedSample]] | None:
         """Hand out a draw, or never make it here; see Shard."""
@@ -217,8 +217,8 @@ class RedisTable:
             if None in bodies:
                 raise draw_lost()
             yield [
-                EncodedSample(body, float(chance), uses, None if age is False else age)
-                for body, (_, uses, age, chance, _) in zip(bodies, chunk, strict=True)
+                EncodedSample(body, float(chance), candidates, uses, None if age is False else age)
+                for body, (_, uses, age, chance, _, candidates) in zip(bodies, chunk, strict=True)
             ]
 
     def _lot(self) -> float:

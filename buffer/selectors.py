@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -54,6 +54,14 @@ class Mix(Record):
 
 
 Selector = Annotated[Fifo | Lifo | Uniform | Fresh | Weighted | Mix, Field(discriminator="kind")]
+
+
+class Choice(NamedTuple):
+    """A group that a draw takes from a table in memory, by its sequence number; see SampleInfo."""
+
+    sequence: int
+    probability: float = 1.0
+    num_candidates: int = 1
 
 
 def rest_of(selector: Selector) -> Fifo | Lifo | Uniform | Fresh | Weighted:

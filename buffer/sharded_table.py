@@ -73,10 +73,10 @@ class ShardedTable:
         pinned = home.pin(request.request_id)
         while True:
             if pinned:
-                shard, share = pinned.split()
+                shard, share, others = pinned.split()
                 chunks = self._shards[int(shard)].draw_or_leave(request)
                 if chunks is not None:
-                    return _with_share(chunks, request, float(share))
+                    return _of_all_shards(chunks, request, share=float(share), others=int(others))
             choice = self._choose(request)
             if not choice:
                 return iter(())
@@ -175,7 +175,8 @@ class ShardedTable:
             return ""
         chances = shares(openings)
         (chosen,) = self._rng.choices(range(len(chances)), chances)
-        return f"{chosen} {chances[chosen]!r}"
+        others = sum(opening.groups for number, opening in enumerate(openings) if opening and number != chosen)
+        return f"{chosen} {chances[chosen]!r} {others}"
 
     def _numbered(self, summary: GroupSummary, shard: int) -> GroupSummary:
         """Return a summary whose sequence number no other shard gives."""
@@ -189,16 +190,18 @@ class ShardedTable:
         return str(max(0, behind // len(self._shards) if query.oldest_first else -(-behind // len(self._shards))))
 
 
-def _with_share(
-    chunks: Iterator[list[EncodedSample]], request: SampleRequest, share: float
+def _of_all_shards(
+    chunks: Iterator[list[EncodedSample]], request: SampleRequest, *, share: float, others: int
 ) -> Iterator[list[EncodedSample]]:
-    """Yield the samples with the chance of their shard in the probability of those that were drawn by lot."""
+    """Yield the samples, those drawn by lot with the chance of their shard and the candidates of the `others`."""
     rest = rest_of(request.selector)
     by_lot = isinstance(rest, Uniform) or (isinstance(rest, Weighted) and rest.by != "rank")
     left_as_they_are = num_fresh(request.selector, request.num_groups) if by_lot else request.num_groups
     for samples in chunks:
         yield [
-            sample if number < left_as_they_are else sample._replace(probability=sample.probability * share)
+            sample
+            if number < left_as_they_are
+            else sample._replace(probability=sample.probability * share, num_candidates=sample.num_candidates + others)
             for number, sample in enumerate(samples)
         ]
         left_as_they_are -= len(samples)

@@ -9,10 +9,11 @@ from buffer.table import SampleRequest, ServedTable
 
 
 class Opening(NamedTuple):
-    """What a draw may choose from: weight x 2 ^ reference, in a unit that the shards of a run share."""
+    """What a draw may choose from: weight x 2 ^ reference, in a unit that the shards of a run share, on `groups`."""
 
     weight: float
     reference: float
+    groups: int
 
 
 class Shard(ServedTable, Protocol):

@@ -343,7 +343,9 @@ class SampleInfo(Record):
     """What the table knew about a group when it was drawn."""
 
     probability: float
-    """Chance of this group in one draw: its weight / total eligible weight."""
+    """Chance of this group in one draw: its weight / total eligible weight; 1 without a lot."""
+    num_candidates: int
+    """Groups that the lot could choose from, 1 without one: 1 / (num_candidates * probability) corrects for it."""
     times_sampled: int
     """How often it has been handed out, this draw included."""
     age_updates: int | None

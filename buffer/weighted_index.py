@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from buffer.prompts import PromptCounts
+from buffer.selectors import Choice
 from buffer.types import Group, PolicyVersion
 from buffer.weighting import DifficultyWeighting, RankWeighting, RecencyWeighting, Weighting, difficulty
 
@@ -90,11 +91,11 @@ class WeightedIndex:
         """Let the groups be drawn again whose cool-down is over."""
         self._resting = {sequence for sequence in self._resting if self._places[sequence].rests_until > clock}
 
-    def draw(self, num_groups: int, taken: Collection[int], lots: Sequence[float]) -> list[tuple[int, float]]:
-        """Return (sequence number, probability) of `num_groups` groups, none of them `taken`."""
+    def draw(self, num_groups: int, taken: Collection[int], lots: Sequence[float]) -> list[Choice]:
+        """Choose `num_groups` groups, none of them `taken`."""
         if isinstance(self._weighting, RankWeighting):
             ranked = sorted((-self._rank(i, self._weighting), i) for i in self._eligible() if i not in taken)
-            return [(sequence, 1.0) for _, sequence in ranked[:num_groups]]
+            return [Choice(sequence) for _, sequence in ranked[:num_groups]]
         weights = self._weights()
         total = sum(weights.values()) - sum(weights.get(sequence, 0.0) for sequence in taken)
         due = {sequence: self._places[sequence].left / weight for sequence, weight in weights.items()}
@@ -111,7 +112,8 @@ class WeightedIndex:
             place = self._places[sequence]
             # what went off while it could not be drawn is void, what it is owed beyond the bound is forgiven
             place.left = lot + (0.0 if sequence in taken else max(place.left, -MOST_OWED))
-        return [(sequence, min(1.0, weights[sequence] / total)) for sequence in drawn]
+        num_candidates = len(weights.keys() - taken)
+        return [Choice(sequence, min(1.0, weights[sequence] / total), num_candidates) for sequence in drawn]
 
     def _run(self, weights: dict[int, float], time: float) -> None:
         """Let all clocks run for `time`."""

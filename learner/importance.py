@@ -9,15 +9,11 @@ import torch
 from torch import Tensor
 
 
-def importance_weights(probabilities: Sequence[float], exponent: float) -> Tensor | None:
-    """Return [G] (1 / probability)^exponent with mean 1; None when all groups count alike.
+def importance_weights(draw_weights: Sequence[float], exponent: float) -> Tensor | None:
+    """Return [G] float32 (1 / (N p))^exponent of groups that were drawn with probability p from N; None = all are 1.
 
-    The number of groups in the table, which 1 / (N p) starts with, drops out: dividing by the mean weight of the batch
-    (self-normalised importance sampling) keeps the size of a step. Groups of probability 1 were chosen without lots,
-    as the fresh part of a mix is: they count 1, and the mean is taken over the others.
+    Their mean over many draws is 1 for an exponent of 1 (E[1 / p] = N), whatever it is in one batch: dividing by that
+    of the batch would favour again what is drawn often, the more the fewer groups a batch has (arXiv 1511.05952).
     """
-    by_lot = torch.tensor([probability < 1.0 for probability in probabilities])
-    inverse = torch.tensor(probabilities, dtype=torch.float64).pow(-exponent)
-    if not by_lot.any() or bool((inverse[by_lot] == inverse[by_lot][0]).all()):
-        return None
-    return torch.where(by_lot, inverse / inverse[by_lot].mean(), 1.0).float()
+    weights = torch.tensor(draw_weights, dtype=torch.float64).pow(exponent).float()
+    return None if bool((weights == 1.0).all()) else weights

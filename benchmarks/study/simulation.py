@@ -224,9 +224,10 @@ def _trainer(run: Run, model_dir: Path, grad_clip_norm: float) -> Trainer:
 
 
 def _samples(groups: list[Group], clock: int) -> list[Sample]:
+    ages = [age_updates(group, clock) for group in groups]
     return [
-        Sample(group=group, info=SampleInfo(probability=1.0, times_sampled=1, age_updates=age_updates(group, clock)))
-        for group in groups
+        Sample(group=group, info=SampleInfo(probability=1.0, num_candidates=1, times_sampled=1, age_updates=age))
+        for group, age in zip(groups, ages, strict=True)
     ]
 
 

@@ -4,11 +4,13 @@
 --         of selectors.draw_lots, mode}; mode `draw`; `look` = only say whether a draw could go on; `leave` = a draw that
 --         would have to wait is never made here, under this request_id
 -- ARGV[4] the request as one string: a repeat must be equal to the draw that it repeats
--- Returns {'drawn', cmsgpack {members, uses, ages (false for data without a version), probabilities, bytes}}, five lists;
+-- Returns {'drawn', cmsgpack {members, uses, ages (false for data without a version), probabilities, bytes, candidates (how
+--         many groups the lot could choose from, 1 without a lot)}}, six lists;
 --         the caller then reads the bodies, which stay for repeat_window_s whatever becomes of the groups, unless
 --         repeat_max_bytes drops them;
 --         {'again'} when more overdue groups must be removed, or other work done, first; {'conflict'} for a reused request_id;
---         {'open', weight, reference} to a look: the weight that it may choose from is weight x 2 ^ reference; {'left'};
+--         {'open', weight, reference, groups} to a look: the weight that it may choose from is weight x 2 ^ reference;
+--         {'left'};
 --         {<code of rate_limiter.draw_blocked>, stored, stored fresh, eligible}.
 
 local request = cmsgpack.unpack(ARGV[3])
@@ -69,10 +71,11 @@ local function add_uniform(chosen, chances)
   for i, member in ipairs(chosen) do
     taken[i] = redis.call('ZRANK', key('train'), member)
   end
-  local chance, count = 1 / math.max(1, total - #taken), #taken
+  local num_candidates, count = math.max(1, total - #taken), #taken
   for i, rank in ipairs(draw_ranks(taken, total)) do
-    chosen[count + i], chances[count + i] = redis.call('ZRANGE', key('train'), rank, rank)[1], chance
+    chosen[count + i], chances[count + i] = redis.call('ZRANGE', key('train'), rank, rank)[1], 1 / num_candidates
   end
+  return num_candidates
 end
 
 -- Add the first of an index, in the order of the command, that are not chosen yet.
@@ -86,13 +89,14 @@ local function add_first(chosen, chances, command, index)
   end
 end
 
--- The sum of the weights that the draw may choose from.
+-- The sum of the weights that the draw may choose from, and the number of groups that have one.
 local function eligible_weight(chosen)
-  local total = line.total
+  local total, number = line.total, size_of('weighted')
   for _, member in ipairs(chosen) do
-    total = total - weight_of(facts[member][WEIGHT], line.reference)
+    local weight = weight_of(facts[member][WEIGHT], line.reference)
+    total, number = total - weight, number - (weight > 0 and 1 or 0)
   end
-  return total
+  return total, number
 end
 
 -- WeightedIndex.draw
@@ -101,7 +105,8 @@ local function add_by_clock(chosen, chances)
   local members, scores = members_and_scores(redis.call('ZRANGE', key('weighted'), 0, last, 'WITHSCORES'))
   read_facts(chosen)
   read_facts(members)
-  local is_taken, total, weights = set_of(chosen), eligible_weight(chosen), {}
+  local is_taken, weights = set_of(chosen), {}
+  local total, num_candidates = eligible_weight(chosen)
   while count < request.num_groups do
     num_passed = num_passed + 1
     local member = members[num_passed]
@@ -124,9 +129,10 @@ local function add_by_clock(chosen, chances)
     renewed[2 * i - 1], renewed[2 * i] = time + (lots[i] + owed) / weight, member
   end
   call_many('ZADD', 'weighted', renewed)
+  return num_candidates
 end
 
--- A selector adds to a choice until it is complete.
+-- A selector adds to a choice until it is complete, and returns how many groups the lot could choose from if there was one.
 local selectors = {
   fifo = function(chosen, chances) add_first(chosen, chances, 'ZRANGE', 'train') end,
   lifo = function(chosen, chances) add_first(chosen, chances, 'ZREVRANGE', 'train') end,
@@ -176,7 +182,11 @@ end
 
 local function draw(clock)
   local members, chances = first('ZRANGE', 'fresh', request.num_fresh)
-  selectors[request.rest](members, chances)
+  local num_without_lot = #members
+  local num_candidates, candidates = selectors[request.rest](members, chances) or 1, {}
+  for i = 1, #members do
+    candidates[i] = i > num_without_lot and num_candidates or 1
+  end
   local uses, ages, bytes = hand_out(members, clock)
   add_stat('sampled', #members)
   if settings.table.reuse_limit then
@@ -186,7 +196,7 @@ local function draw(clock)
       end
     end
   end
-  local drawn = cmsgpack.pack({ members, uses, ages, chances, bytes })
+  local drawn = cmsgpack.pack({ members, uses, ages, chances, bytes, candidates })
   remember_draw(drawn)
   return { 'drawn', drawn }
 end
@@ -200,12 +210,13 @@ local function remembered_draw()
   return nil
 end
 
--- What a draw may choose from: a count where all weigh alike.
+-- What a draw may choose from: the weight is a count where all weigh alike.
 local function open(pace, eligible)
+  local groups = integer(request.rest == 'fresh' and pace.fresh or eligible)
   if request.rest == 'weighted' and not is_rank then
-    return { 'open', string.format('%.17g', line.total), string.format('%.17g', line.reference) }
+    return { 'open', string.format('%.17g', line.total), string.format('%.17g', line.reference), groups }
   end
-  return { 'open', integer(request.rest == 'fresh' and pace.fresh or eligible), '0' }
+  return { 'open', groups, '0', groups }
 end
 
 -- The answer to a request that was answered before; nil = a new one.

@@ -24,7 +24,7 @@ ACCEPTANCES = (50, 70, 90)
 
 @torch.no_grad()
 def acceptance_curve(tokens: Tokens) -> dict[str, Tensor]:
-    """Return [] each: the lowest thresholds that keep ACCEPTANCES of each statistic, the shares that THRESHOLDS keep."""
+    """Return [] each: the lowest thresholds that keep ACCEPTANCES by each statistic, the shares THRESHOLDS keep."""
     metrics: dict[str, Tensor] = {}
     for name, suffix, values in _statistics(tokens):
         ascending = values.sort().values

@@ -122,9 +122,11 @@ def test_single_groups_are_drawn_as_often_as_their_share_of_all_shards_says(clie
     for number in range(600):
         (sample,) = sharded.table.sample(request(f"u{number}"))
         assert sample.info.probability == pytest.approx(1 / 12)
+        assert sample.info.num_candidates == 12
         uniform[sample.group.group_id] += 1
         (sample,) = sharded.table.sample(request(f"w{number}", selector=Weighted(by="priority")))
         assert sample.info.probability == pytest.approx(weights[sample.group.group_id] / 78)
+        assert sample.info.num_candidates == 12
         weighted[sample.group.group_id] += 1
 
     assert sum((uniform[name] - 50) ** 2 / 50 for name in NAMES) < CHI_SQUARE_11_999
@@ -143,11 +145,12 @@ def test_probability_counts_the_choice_of_the_shard_only_for_what_is_drawn_by_lo
     shard = stored[shard_of(mixed[0].group.group_id, NUM_SHARDS)]
     assert [sample.info.probability for sample in fifo] == [1.0, 1.0]
     assert [sample.info.probability for sample in mixed] == [1.0, pytest.approx(1 / (shard - 1) * shard / 12)]
+    assert [sample.info.num_candidates for sample in (*fifo, *mixed)] == [1, 1, 1, 11]
 
 
 def test_recency_is_measured_alike_in_every_shard(client: RedisClient) -> None:
-    assert shares([Opening(1.0, 0.0), None, Opening(1.0, 1.0)]) == [1 / 3, 0.0, 2 / 3]
-    assert shares([Opening(1.0, -5000.0), Opening(3.0, 5000.0)]) == [0.0, 1.0]
+    assert shares([Opening(1.0, 0.0, 1), None, Opening(1.0, 1.0, 1)]) == [1 / 3, 0.0, 2 / 3]
+    assert shares([Opening(1.0, -5000.0, 1), Opening(3.0, 5000.0, 1)]) == [0.0, 1.0]
     sharded = Sharded(client, weighting=RecencyWeighting(half_life_updates=1.0))
     sharded.table.advance_version(3)
     sharded.table.insert([make_group(name, version=number % 4) for number, name in enumerate(NAMES)])
@@ -187,13 +190,13 @@ def test_draw_whose_shard_must_wait_goes_to_another_one_for_good(client: RedisCl
     emptied = (other + 1) % NUM_SHARDS
     there, late = id_in(other), id_in(emptied)
     sharded.table.insert([make_group(there)])
-    assert home.pin("r", choice=f"{emptied} 1.0") == f"{emptied} 1.0"  # when it still had a group
+    assert home.pin("r", choice=f"{emptied} 1.0 0") == f"{emptied} 1.0 0"  # when it still had a group
 
     drawn = sharded.table.sample(asked)
     sharded.table.insert([make_group(late)])
 
     assert ids(drawn) == [there]
-    assert home.pin("r", choice=f"{emptied} 1.0") == f"{other} 1.0"
+    assert home.pin("r", choice=f"{emptied} 1.0 0") == f"{other} 1.0 0"
     assert sharded.shards[emptied].draw_or_leave(asked) is None  # a caller that was slow
     assert sharded.shards[emptied].look(asked) is None
     assert ids(sharded.table.sample(asked)) == [there]

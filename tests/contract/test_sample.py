@@ -55,8 +55,11 @@ def test_uniform_probability_is_one_over_the_sampleable_groups(make_table: Table
     table = make_table(limiter=BATCHES)
     insert(table, *map(make_group, "abcdefgh"))
 
-    assert [sample.info.probability for sample in draw(table, 2, Uniform())] == [1 / 8, 1 / 8]
-    assert [sample.info.probability for sample in draw(table, 2, Fifo())] == [1.0, 1.0]
+    def stated(selector: Selector) -> list[tuple[float, int]]:
+        return [(s.info.probability, s.info.num_candidates) for s in draw(table, 2, selector)]
+
+    assert stated(Uniform()) == [(1 / 8, 8), (1 / 8, 8)]
+    assert stated(Fifo()) == [(1.0, 1), (1.0, 1)]
 
 
 @pytest.mark.parametrize(("selector", "order"), [(Fifo(), 1), (Lifo(), -1)], ids=["fifo", "lifo"])

@@ -70,9 +70,11 @@ def test_stated_probability_is_weight_over_total_eligible_weight(make_table: Tab
     table.update_priorities({"a": 4.0, "b": 16.0, "c": 0.0, "d": 1.0})
     insert(table, make_group("e"))  # enters with the largest priority seen, 16
 
-    stated = {s.group.group_id: s.info.probability for s in draw(table, 4, PRIORITY)}
+    drawn = draw(table, 4, PRIORITY)
 
+    stated = {s.group.group_id: s.info.probability for s in drawn}
     assert stated == pytest.approx({"a": 2 / 11, "b": 4 / 11, "d": 1 / 11, "e": 4 / 11})
+    assert {s.info.num_candidates for s in drawn} == {4}  # without c, which has no weight
 
 
 def test_a_tiny_weight_is_not_lost_in_the_rounding_of_large_ones_that_left(make_table: TableFactory) -> None:
@@ -258,6 +260,7 @@ def test_weighted_rest_of_a_mix_never_repeats_its_fresh_part(make_table: TableFa
         assert len(set(ids(samples))) == 4
         assert [s.info.probability for s in samples[:2]] == [1.0, 1.0]
         assert all(0 < s.info.probability < 1 for s in samples[2:])
+        assert [s.info.num_candidates for s in samples] == [1, 1, 38, 38]
 
 
 def test_mix_with_lifo_rest_takes_the_newest_others(make_table: TableFactory) -> None:

@@ -39,8 +39,17 @@ def save_tiny_model(directory: Path) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
 
 
-def as_sample(group: Group, *, times_sampled: int = 1, age_updates: int | None = 0, probability: float = 1.0) -> Sample:
-    info = SampleInfo(probability=probability, times_sampled=times_sampled, age_updates=age_updates)
+def as_sample(
+    group: Group,
+    *,
+    times_sampled: int = 1,
+    age_updates: int | None = 0,
+    probability: float = 1.0,
+    num_candidates: int = 1,
+) -> Sample:
+    info = SampleInfo(
+        probability=probability, num_candidates=num_candidates, times_sampled=times_sampled, age_updates=age_updates
+    )
     return Sample(group=group, info=info)
 
 

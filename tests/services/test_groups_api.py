@@ -188,7 +188,7 @@ def test_draw_is_the_same_in_json_and_msgpack(http: httpx.Client) -> None:
     as_json = http.post("/v1/sample", json=draw)
     as_msgpack = http.post("/v1/sample", json=draw, headers={"Accept": MSGPACK})
 
-    info = {"probability": 1.0, "times_sampled": 1, "age_updates": 3}
+    info = {"probability": 1.0, "num_candidates": 1, "times_sampled": 1, "age_updates": 3}
     assert as_json.json() == {"schema": 1, "samples": [{"group": record("a"), "info": info}]}
     packed = msgpack.packb({"schema": 1, "samples": [{"group": make_group("a").model_dump(), "info": info}]})
     assert msgpack.unpackb(as_msgpack.content) == msgpack.unpackb(packed)
