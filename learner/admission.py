@@ -7,8 +7,8 @@ from enum import StrEnum
 
 import numpy as np
 
+from buffer.staleness import age_updates, is_too_old
 from buffer.types import Group, PolicyVersion, Sample, Trajectory
-from learner.collate import age_updates
 from learner.tokens import DIVERGENCES, Column
 
 
@@ -54,8 +54,8 @@ class Admission:
         return admitted, refused, sentences
 
     def _refusal(self, group: Group, clock: PolicyVersion) -> tuple[Refusal, str] | None:
-        age = age_updates(group, clock)
-        if age is not None and self.max_age_updates is not None and age > self.max_age_updates:
+        if is_too_old(clock, group.oldest_version, self.max_age_updates):
+            age = age_updates(clock, group.oldest_version)
             return Refusal.OVER_AGE, f"it is {age} updates old, the gate is at {self.max_age_updates}"
         if group.newest_version is not None and group.newest_version > clock:
             return Refusal.FROM_THE_FUTURE, f"it claims version {group.newest_version}, the learner is at {clock}"

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from buffer.types import Group, PolicyVersion, Sample, Trajectory
+from buffer.staleness import age_updates
+from buffer.types import PolicyVersion, Sample, Trajectory
 
 NO_AGE = -1
 """Age of a token that is masked or that our weights did not draw."""
@@ -87,16 +88,10 @@ def collate(samples: Sequence[Sample], *, clock: PolicyVersion) -> Batch:
         kept=tuple(_kept(t) if t.sampling.truncates else None for t in trajectories),
         distributions=tuple(_distribution(t) for t in trajectories),
         keys=tuple((groups[index].group_id, t.trajectory_id) for index, t in rows),
-        group_ages_updates=tuple(age_updates(group, clock) for group in groups),
+        group_ages_updates=tuple(age_updates(clock, group.oldest_version) for group in groups),
         times_sampled=tuple(sample.info.times_sampled for sample in samples),
         draw_weights=tuple(1.0 / (sample.info.num_candidates * sample.info.probability) for sample in samples),
     )
-
-
-def age_updates(group: Group, clock: PolicyVersion) -> int | None:
-    """Return learner clock - oldest span version, in updates; None for a group that our weights did not draw."""
-    oldest = group.oldest_version
-    return None if oldest is None else clock - oldest
 
 
 def _pad(arrays: Sequence[np.ndarray], dtype: torch.dtype, fill: float) -> Tensor:

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
+from buffer.staleness import age_updates
 from buffer.trained import MAX_TRAINED_GROUPS, TrainedGroup, TrainedTrajectory
 from buffer.types import PolicyVersion, Sample
-from learner.collate import age_updates
 
 
 def trained_groups(
@@ -35,7 +35,7 @@ def _trained(sample: Sample, log_ratios: "np.ndarray", clock: PolicyVersion) -> 
         group_id=group.group_id,
         prompt_id=group.prompt_id,
         version=clock,
-        age_updates=age_updates(group, clock),
+        age_updates=age_updates(clock, group.oldest_version),
         times_sampled=sample.info.times_sampled,
         trajectories=tuple(
             TrainedTrajectory(

@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 from starlette.concurrency import run_in_threadpool
 
 from buffer.evaluations import EvaluationBoard
+from buffer.staleness import AGE_BUCKETS, age_bucket
 from buffer.table import TableStats
 from buffer.wire import ActorStatus, LearnerStatus, ServiceStats
 from services.context import ServiceContext
@@ -20,7 +21,6 @@ from services.stats import service_stats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-_AGES = ((0, "0"), (3, "1_3"), (15, "4_15"), (63, "16_63"))
 _USES = (0, 1, 2, 3, 7)
 
 
@@ -84,10 +84,9 @@ def _table(table: TableStats) -> Iterator[Metric]:
     yield _counter("table_dropped_repeats", "Removed groups dropped before their time", table.dropped_repeats_total)
     yield _counter("table_forgotten_prompts", "Prompts whose statistics were dropped", table.forgotten_prompts_total)
     yield _counter("table_weights_left_behind", "Groups that kept an old weight", table.weights_left_behind_total)
-    ages = {version: max(0, table.latest_version - version) for version in table.stored_versions}
-    by_age = {name: 0 for _, name in (*_AGES, (0, "64_plus"))} | {"foreign": table.num_foreign}
+    by_age = dict.fromkeys(AGE_BUCKETS, 0) | {"foreign": table.num_foreign}
     for version, count in table.stored_versions.items():
-        by_age[next((name for most, name in _AGES if ages[version] <= most), "64_plus")] += count
+        by_age[age_bucket(max(0, table.latest_version - version))] += count
     yield _gauges("table_groups_by_age", "Stored groups by age in updates", "age", by_age)
     by_uses = {str(most): 0 for most in _USES} | {"more": 0}
     for uses, count in table.stored_uses.items():

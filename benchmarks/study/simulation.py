@@ -26,8 +26,9 @@ from actor.torch_engine import TorchEngine
 from benchmarks.study.models import checkpoint
 from benchmarks.study.tasks import TASKS, StudyTask, answer_tokens
 from buffer.errors import StalewiseError
+from buffer.staleness import age_updates
 from buffer.types import Group, Sample, SampleInfo
-from learner.collate import age_updates, collate
+from learner.collate import collate
 from learner.objectives.diagnostics import diagnose
 from learner.objectives.recipes import build_objective
 from learner.policy import Policy
@@ -153,7 +154,7 @@ def simulate(run: Run, models: Path, on_evaluation: Callable[[Point], object] = 
             groups = simulation.batch(update)
             if update >= run.lag:
                 clock = simulation.trainer.progress.clock
-                ages |= {age for group in groups if (age := age_updates(group, clock)) is not None}
+                ages |= {clock - oldest for group in groups if (oldest := group.oldest_version) is not None}
             try:
                 history.append(simulation.train(groups))
                 skipped_in_a_row = 0
@@ -224,7 +225,7 @@ def _trainer(run: Run, model_dir: Path, grad_clip_norm: float) -> Trainer:
 
 
 def _samples(groups: list[Group], clock: int) -> list[Sample]:
-    ages = [age_updates(group, clock) for group in groups]
+    ages = [age_updates(clock, group.oldest_version) for group in groups]
     return [
         Sample(group=group, info=SampleInfo(probability=1.0, num_candidates=1, times_sampled=1, age_updates=age))
         for group, age in zip(groups, ages, strict=True)

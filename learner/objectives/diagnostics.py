@@ -6,15 +6,13 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from buffer.staleness import AGE_BUCKETS
 from learner.objectives.acceptance import acceptance_curve, bound_metrics
 from learner.objectives.objective import Loss
 from learner.objectives.ratios import k1, k2, k3, token_ratio
 from learner.tokens import DIVERGENCES, Tokens, cleaned
 
-AGE_BUCKETS = ("foreign", "0", "1_3", "4_15", "16_63", "64_plus")
-"""Names of the age buckets, in updates; `foreign` = not drawn by this run's weights."""
-
-_FIRST_AGES = (0, 1, 4, 16, 64)
+_FIRST_AGES = tuple(AGE_BUCKETS.values())[1:]
 
 _QUANTILES = {"p01": 0.01, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99}
 

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from buffer.staleness import AGE_BUCKETS
 from learner.admission import Refusal
 from learner.collate import collate
 from learner.objectives.acceptance import THRESHOLDS
-from learner.objectives.diagnostics import AGE_BUCKETS, diagnose
+from learner.objectives.diagnostics import diagnose
 from learner.objectives.recipes import RECIPES, build_objective
 from learner.step import SKIPPED
 from learner.tokens import DIVERGENCES, Column, Tokens

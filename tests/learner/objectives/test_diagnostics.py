@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from learner.objectives.diagnostics import AGE_BUCKETS, diagnose
+from buffer.staleness import AGE_BUCKETS
+from learner.objectives.diagnostics import diagnose
 from learner.objectives.recipes import RECIPES, build_objective
 from tests.learner.objectives.batches import ROWS, tokens_of
 
