@@ -40,6 +40,36 @@ def test_reval_is_at_rest_at_the_reference_without_reward() -> None:
         assert not gradient(total, tokens.columns[column]).any()
 
 
+def test_tbrm_moves_the_policy_even_at_the_reference_without_reward() -> None:
+    tokens = tokens_of(behind_mask=0.0)
+    at_reference = replace(
+        tokens,
+        rewards=torch.zeros(len(ROWS)),
+        columns={
+            Column.UNIT_LOGPROBS: tokens.columns[Column.UNIT_LOGPROBS],
+            Column.REFERENCE_LOGPROBS: tokens.columns[Column.UNIT_LOGPROBS].detach().clone(),
+            Column.FIRST_LOGIT: tokens.columns[Column.FIRST_LOGIT],
+        },
+    )
+
+    total = build_objective("tbrm", {})(at_reference, {}).total
+
+    assert total.item() > 0.0
+    assert gradient(total, tokens.columns[Column.FIRST_LOGIT]).any()
+
+
+def test_centring_on_the_group_learns_at_a_larger_beta_than_leaving_one_out() -> None:
+    """In groups of G episodes: beta with group_mean is beta G / (G - 1) with leave_one_out."""
+    tokens = tokens_of(tuple(row for row in ROWS if row.group == 0))
+    episodes = len({row.episode for row in ROWS if row.group == 0})
+
+    by_mean = build_objective("reval", {"beta": 0.2, "centring": "group_mean"})(tokens, {}).total
+    larger = 0.2 * episodes / (episodes - 1)
+    by_others = build_objective("reval", {"beta": larger, "centring": "leave_one_out"})(tokens, {}).total
+
+    torch.testing.assert_close(by_mean, by_others)
+
+
 def test_the_residual_starts_at_the_first_trained_token() -> None:
     tokens = cleaned(tokens_of(), REVAL_COLUMNS)
     row = ROWS[2]  # its first position is a hole

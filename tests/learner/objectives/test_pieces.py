@@ -33,9 +33,10 @@ from learner.objectives.ratios import (
     token_ratio,
     truncated,
 )
+from learner.objectives.recipes import build_objective
 from learner.objectives.surrogates import dual_clip, hard_clip, importance, score, weighted
 from learner.tokens import Column
-from tests.learner.objectives.batches import ROWS, from_logs, gradient, tokens_of
+from tests.learner.objectives.batches import ROWS, from_logs, gradient, one_batch, tokens_of
 
 ratio_rows = st.lists(st.lists(st.floats(-3, 3), min_size=1, max_size=6), min_size=1, max_size=3)
 
@@ -53,8 +54,29 @@ def test_prefix_minimum_is_exclusive_bounded_and_ordered(rows: list[list[float]]
             expected = math.exp(min(row[:t], default=0.0))
             assert minima[i, t].item() == pytest.approx(expected, rel=1e-5)
             assert abs(math.log(ratios[i, t].item())) <= 2 * max(map(abs, row)) + 1e-4
-        if all(log <= 0 for log in row):
-            assert ratios[i, len(row) - 1].item() >= math.exp(sum(row)) - 1e-5
+            if t < 2:  # one token before: the minimum is the prefix
+                assert ratios[i, t].item() == pytest.approx(math.exp(sum(row[: t + 1])), rel=1e-4)
+        if all(log <= 0 for log in row):  # between the ratio of the prefix and that of the token
+            assert math.exp(sum(row)) - 1e-5 <= ratios[i, len(row) - 1].item() <= math.exp(row[-1]) + 1e-5
+        if all(log >= 0 for log in row):
+            assert math.exp(row[-1]) - 1e-4 <= ratios[i, len(row) - 1].item() <= math.exp(sum(row)) * (1 + 1e-4)
+
+
+def test_the_order_of_earlier_ratios_does_not_matter_to_a_prefix_weight() -> None:
+    one, other = from_logs([[0.4, -0.3, 0.1, 0.2]]), from_logs([[0.1, 0.4, -0.3, 0.2]])
+
+    torch.testing.assert_close(prefix_ratio(one)[0, 3], prefix_ratio(other)[0, 3])
+
+
+def test_without_a_prefix_minpro_is_a_soft_clip_of_the_token_ratio() -> None:
+    """One token an answer: the minimum is 1, and the loss that of CISPO with this clip."""
+    tokens = one_batch(policy=[[0.9], [0.2], [0.5]], behavior=[[0.5]] * 3, rewards=[1.0, 0.0, 0.5], group=[0] * 3)
+    clip = {"clip_low": 1.0, "clip_high": 0.28, "advantage": "standardised"}
+
+    losses = [build_objective(name, clip)(tokens, {}).total for name in ("minpro", "cispo")]
+
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(gradient(losses[0], tokens.logprobs), gradient(losses[1], tokens.logprobs))
 
 
 def test_a_masked_token_neither_enters_nor_resets_the_prefix_minimum() -> None:
