@@ -1,4 +1,4 @@
-"""The actor's image on vLLM's: it holds what `stalewise act` imports, though our dependencies are not installed there."""
+"""The actor's image on vLLM's holds what `stalewise act` imports, though it installs none of our dependencies."""
 
 import re
 import subprocess
