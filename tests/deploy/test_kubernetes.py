@@ -62,6 +62,16 @@ def test_every_resource_fits_the_schema_of_its_kind(resources: dict[tuple[str, s
         kubernetes_validate.validate(resource, API_VERSION, strict=True)
 
 
+def test_the_pod_that_copies_has_the_volume_of_the_learner_and_its_user() -> None:
+    (copy,) = documents(KUBERNETES / "copy.yaml")
+    (learner,) = (pod for pod in pods(base()) if pod["containers"][0]["name"] == "learner")
+
+    kubernetes_validate.validate(copy, API_VERSION, strict=True)
+    assert copy["spec"]["securityContext"] == learner["securityContext"]
+    assert copy["spec"]["volumes"][0] in learner["volumes"]
+    assert copy["spec"]["containers"][0]["volumeMounts"][0] in learner["containers"][0]["volumeMounts"]
+
+
 def pods(resources: dict[tuple[str, str], Resource]) -> list[Resource]:
     return [r["spec"]["template"]["spec"] for (kind, _), r in resources.items() if kind in WORKLOADS]
 
