@@ -25,7 +25,8 @@ class VllmSettings(Settings):
 
     url: str | None = None
     """Address of a server that `stalewise serve-vllm` started, such as http://127.0.0.1:8100; null = vLLM runs in the
-    actor's own process. The rest of this section then says how the server is started, and is unused by the actor."""
+    actor's own process. The actor then uses `start_timeout_s`, `request_timeout_s` and `lora_rank` of this section; the
+    rest says how the server is started."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Seconds to wait for the server at `url`: large models take minutes to come up."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 1800.0

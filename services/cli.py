@@ -2,8 +2,10 @@
 
 import json
 import os
+import platform
 import secrets
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -38,6 +40,21 @@ def main() -> None:
     except StalewiseError as error:
         print(f"stalewise: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"stalewise {version('stalewise')}, Python {platform.python_version()}, torch {version('torch')}")
+        raise typer.Exit
+
+
+@app.callback()
+def stalewise(
+    show_version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Take what stands before a command: --version alone."""
 
 
 @app.command()

@@ -45,6 +45,7 @@ def register(app: FastAPI, operations: Sequence[Operation], guard: Guard) -> Non
             dependencies=[Depends(_gate(operation.route, guard))],
             response_model=None,
             response_class=Response,
+            status_code=min(operation.answers),  # else FastAPI adds a 200
             responses=_responses(operation),
             openapi_extra=_extra(operation),
             summary=(operation.endpoint.__doc__ or "").partition("\n")[0],

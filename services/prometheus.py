@@ -133,6 +133,8 @@ def _evaluations(board: EvaluationBoard) -> Iterator[Metric]:
 
 def _learner(learner: LearnerStatus) -> Iterator[Metric]:
     yield _counter("learner_updates", "Updates of the weights", learner.updates)
+    if learner.total_updates is not None:
+        yield _gauge("learner_planned_updates", "Updates after which it is done", learner.total_updates)
     yield _gauge("learner_version", "The learner's clock", learner.version)
     yield _gauge("learner_silent_seconds", "Since its last report", learner.age_s)
     waited_s = learner.waiting.since_s if learner.waiting else 0.0

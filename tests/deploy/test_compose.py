@@ -60,7 +60,8 @@ def test_the_roles_that_an_env_file_starts_are_four_and_read_one_recipe(
     assert set(recipes) == {"service", *roles}
     (recipe,) = set(recipes.values())
     assert load_config(REPOSITORY / recipe, environment={}).run.name == run
-    assert all("./recipes:/app/recipes:ro" in services[name]["volumes"] for name in recipes)
+    mounts = {"./recipes:/app/recipes:ro", "./models:/app/models:ro"}
+    assert all(mounts <= set(services[name]["volumes"]) for name in recipes)
 
 
 def test_redis_may_take_what_a_table_of_the_default_size_takes_at_most() -> None:
@@ -68,14 +69,33 @@ def test_redis_may_take_what_a_table_of_the_default_size_takes_at_most() -> None
     gibibytes = int(command[command.index("--maxmemory") + 1].removesuffix("gb"))
 
     assert gibibytes << 30 > most_memory_bytes(TableSettings(), 1)
+    assert COMPOSE["services"]["redis"]["deploy"]["resources"]["limits"]["memory"] == f"{2 * gibibytes}g"
+
+
+@pytest.mark.parametrize(
+    ("given", "gpus"), [({}, {"0", "1"}), ({"LEARNER_GPU": "3", "ACTOR_GPU": "2"}, {"3", "2"})], ids=["default", "own"]
+)
+def test_learner_and_actor_get_a_gpu_each(given: dict[str, str], gpus: set[str]) -> None:
+    files = {"COMPOSE_PROFILES": "gpu"} | {k: v for k, v in variables("docker/gpu.env").items() if k.endswith("_GPU")}
+    asked = [
+        resolved(device, files | given)
+        for service in profile("gpu").values()
+        for entry in service.get("deploy", {}).get("resources", {}).get("reservations", {}).get("devices", ())
+        for device in entry["device_ids"]
+    ]
+
+    assert (set(asked), len(asked)) == (gpus, 2)
 
 
 @pytest.mark.parametrize("name", COMPOSE["services"])
-def test_a_service_that_stays_has_a_health_check_a_limit_and_no_port_beyond_loopback(name: str) -> None:
+def test_a_service_has_no_capabilities_and_one_that_stays_a_health_check_a_limit_and_no_port_beyond_loopback(
+    name: str,
+) -> None:
     service = COMPOSE["services"][name]
 
     assert name == "tokens" or "healthcheck" in service
-    assert name == "tokens" or service["deploy"]["resources"]
+    assert name == "tokens" or service["deploy"]["resources"]["limits"]["memory"]
+    assert (service["cap_drop"], service["security_opt"]) == (["ALL"], ["no-new-privileges:true"])
     assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
     assert all(needed in COMPOSE["services"] for needed in service.get("depends_on", {}))
 

@@ -17,11 +17,12 @@ from tests.docs.conftest import QUICKSTART, REPOSITORY, Clone
 from tests.services.live import ServeProcess
 
 README = (REPOSITORY / "README.md").read_text()
+SUBMITTING = (REPOSITORY / "docs/submitting.md").read_text()
 
 
-def block(name: str) -> str:
-    """Return a block of code that the README marks."""
-    found = re.search(rf"<!-- test:{name} -->\n```\w+\n(.*?)```", README, re.DOTALL)
+def block(name: str, page: str = README) -> str:
+    """Return a block of code that a page marks."""
+    found = re.search(rf"<!-- test:{name} -->\n```\w+\n(.*?)```", page, re.DOTALL)
     assert found is not None
     return found[1]
 
@@ -33,7 +34,7 @@ def test_the_rollouts_submitted_by_curl_and_by_python_are_accepted(tmp_path: Pat
 
     try:
         url = service.wait_until_ready()
-        for command in (shlex.split(curl), [sys.executable, "-c", block("submit-python")]):
+        for command in (shlex.split(curl), [sys.executable, "-c", block("submit-python", SUBMITTING)]):
             here = [word.replace("http://127.0.0.1:8642", url) for word in command]
             answers.append(subprocess.run(here, capture_output=True, text=True, check=True).stdout)
     finally:

@@ -41,6 +41,19 @@ def test_schema_lists_every_route_with_who_may_use_it(openapi: dict[str, Any]) -
     assert described == {route.replace(":path", ""): roles is not None for route, roles in ACCESS.items()}
 
 
+def test_what_is_answered_without_a_body_announces_no_200(openapi: dict[str, Any]) -> None:
+    empty = [
+        operation["responses"]
+        for methods in openapi["paths"].values()
+        for operation in methods.values()
+        if "204" in operation["responses"]
+    ]
+
+    assert len(empty) == 6
+    assert sum("200" in responses for responses in empty) == 1  # GET /v1/weights/latest: with and without a newer one
+    assert not any("content" in responses["204"] for responses in empty)
+
+
 def test_every_body_is_described_in_both_encodings_and_every_reference_resolves(openapi: dict[str, Any]) -> None:
     references: set[str] = set()
 

@@ -32,7 +32,7 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServiceC
     lease = EvaluationClaim(actor_id="a", version=3, every_updates=10, lease_s=60.0)
     assert context.evaluations.claim(lease).granted
     context.evaluations.record(result(3, pass_1=0.75))
-    report = LearnerReport(updates=4, version=4, metrics={"reward/mean": 0.5, "k3/nats_mean": 0.25})
+    report = LearnerReport(updates=4, total_updates=8, version=4, metrics={"reward/mean": 0.5, "k3/nats_mean": 0.25})
     context.presence.report(report)
     loads = (Load(version=2, publish_to_loaded_s=0.75),)
     context.presence.heartbeat(
@@ -68,6 +68,7 @@ def test_values_are_those_of_the_statistics(scraped: tuple[ServiceContext, str])
         ("stalewise_table_groups_by_uses", "1"): 1,
         ("stalewise_weights_latest_version", ""): 3,
         ("stalewise_learner_updates_total", ""): 4,
+        ("stalewise_learner_planned_updates", ""): 8,
         ("stalewise_learner_metric", "reward/mean"): 0.5,
         ("stalewise_actor_lag_updates", "a"): 1,
         ("stalewise_actor_state", "a,generating"): 1,
