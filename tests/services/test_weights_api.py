@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -209,6 +209,37 @@ def test_version_is_never_published_twice_but_a_retry_is_harmless(http: httpx.Cl
     response = http.put("/v1/weights/4", content=other, headers={"Content-Type": JSON})
 
     assert (response.status_code, response.json()["error"]) == (409, "conflict")
+
+
+def cannot_be_opened(path: Path) -> None:
+    path.symlink_to(path)  # not absent: any look at it fails with ELOOP, as one on a sick disk does with EIO
+
+
+def cannot_be_read(path: Path) -> None:
+    path.mkdir()
+
+
+@pytest.mark.parametrize("fails", [cannot_be_opened, cannot_be_read])
+@pytest.mark.parametrize(
+    ("file", "path"),
+    [
+        ("LATEST", "/v1/weights/latest"),
+        ("manifests/4.json", "/v1/weights/latest"),
+        ("manifests/4.json", "/v1/weights/4"),
+        (f"blobs/{NAME}", f"/v1/weights/blobs/{NAME}"),
+    ],
+)
+def test_a_disk_error_is_503_which_clients_retry(
+    file: str, path: str, fails: Callable[[Path], None], http: httpx.Client, tmp_path: Path
+) -> None:
+    publish(http, 4)
+    (tmp_path / "weights" / file).rename(tmp_path / "aside")
+    fails(tmp_path / "weights" / file)
+
+    response = http.get(path)
+
+    assert (response.status_code, response.json()["error"]) == (503, "store_unavailable")
+    assert "the weight store meets a disk error" in response.json()["detail"]
 
 
 def test_long_polls_wait_without_threads_and_all_see_the_version(http: httpx.Client) -> None:
