@@ -14,8 +14,7 @@ from buffer.errors import InvalidRequest, RangeNotSatisfiable, RunMismatch, Stor
 from buffer.weights.manifest import Manifest
 from buffer.weights.retention import check_publication
 from buffer.weights.store import ServedWeightStore
-from buffer.wire import decode, parse
-from services.bodies import answer, read_body, sent_media_type, upload_chunks, wanted_media_type
+from services.bodies import answer, read_record, upload_chunks, wanted_media_type
 from services.context import ServiceContext
 from services.operations import OCTETS, Operation
 
@@ -105,9 +104,7 @@ def _read_operations(context: ServiceContext) -> Sequence[Operation]:
 def _publish_operation(context: ServiceContext) -> Operation:
     async def publish(request: Request, version: Version) -> Response:
         """Commit a version whose payloads are stored; the table's clock advances with it."""
-        media_type = sent_media_type(request)
-        raw = await read_body(request, max_bytes=context.settings.max_body_bytes)
-        manifest = parse(Manifest, decode(raw, media_type))
+        manifest = await read_record(request, Manifest, max_bytes=context.settings.max_body_bytes)
         if manifest.version != version:
             raise InvalidRequest(f"the path says version {version}, the manifest {manifest.version}")
         if manifest.run_id != context.run_id:
