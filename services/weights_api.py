@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import Path, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
@@ -21,6 +22,8 @@ from services.operations import OCTETS, Operation
 log = logging.getLogger(__name__)
 
 _IMMUTABLE = "public, max-age=31536000, immutable"
+_MAX_UPLOADS = 32
+"""Payloads that are received side by side: each holds a thread for as long as its sender takes. Others wait unread."""
 
 BlobName = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$")]
 Version = Annotated[int, Path(ge=0, lt=1 << 53)]
@@ -33,11 +36,12 @@ def weight_operations(context: ServiceContext) -> Sequence[Operation]:
 
 def _blob_operations(context: ServiceContext) -> Sequence[Operation]:
     weights, settings = context.weights, context.settings
+    uploads = CapacityLimiter(_MAX_UPLOADS)  # slow senders must not take the threads that all other requests share
 
     async def put_blob(request: Request, sha256: BlobName) -> Response:
         """Store a payload under its sha256; storing it twice is harmless."""
         chunks = upload_chunks(request, max_bytes=settings.max_blob_bytes)
-        await run_in_threadpool(weights.put_blob, sha256, chunks)
+        await to_thread.run_sync(weights.put_blob, sha256, chunks, limiter=uploads)
         return Response(status_code=204)
 
     async def get_blob(request: Request, sha256: BlobName) -> Response:

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,33 @@ def test_a_disk_error_is_503_which_clients_retry(
 
     assert (response.status_code, response.json()["error"]) == (503, "store_unavailable")
     assert "the weight store meets a disk error" in response.json()["detail"]
+
+
+def test_slow_uploads_leave_the_service_responsive(http: httpx.Client) -> None:
+    """More of them than worker threads (40), each with a sender that stops in the middle."""
+    sent, goes_on = threading.Semaphore(0), threading.Event()
+
+    def slow_payload() -> Iterator[bytes]:
+        yield PAYLOAD[:1]
+        sent.release()
+        assert goes_on.wait(60)
+        yield PAYLOAD[1:]
+
+    def upload(client: httpx.Client) -> int:
+        return client.put(f"/v1/weights/blobs/{NAME}", content=slow_payload()).status_code
+
+    limits = httpx.Limits(max_connections=100)
+    with (
+        httpx.Client(base_url=http.base_url, limits=limits, timeout=60, trust_env=False) as client,
+        ThreadPoolExecutor(60) as senders,
+    ):
+        uploads = [senders.submit(upload, client) for _ in range(60)]
+        try:
+            assert all(sent.acquire(timeout=30) for _ in uploads)
+            assert http.get("/v1/run", timeout=20).status_code == 200
+        finally:
+            goes_on.set()
+        assert {upload.result() for upload in uploads} == {204}
 
 
 def test_long_polls_wait_without_threads_and_all_see_the_version(http: httpx.Client) -> None:
