@@ -115,17 +115,20 @@ class ServiceReporter:
             self._executor.submit(self._send, report)
 
     def _send(self, report: LearnerReport) -> None:
-        error: StalewiseError | None = None
+        is_taken = False
         try:
             self._client.post_learner_metrics(report)
-        except StalewiseError as caught:
-            error = caught
-        if error is not None and not self._is_away:
-            log.warning("the service does not take reports of the learner: %s", error)
-        self._is_away = error is not None
-        with self._counts:
-            self._pending -= 1
-            self._lost += self._is_away
+            is_taken = True
+        except StalewiseError as error:
+            if not self._is_away:
+                log.warning("the service does not take reports of the learner: %s", error)
+        except Exception:  # a defect of ours: it would stay in a future that nobody asks
+            log.exception("a report of the learner could not be sent")
+        finally:
+            self._is_away = not is_taken
+            with self._counts:
+                self._pending -= 1
+                self._lost += self._is_away
 
 
 def run_learner(config: RunConfig, *, resume: bool) -> None:

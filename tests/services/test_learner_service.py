@@ -23,6 +23,7 @@ from buffer.evaluations_client import HttpEvaluations
 from buffer.fingerprint import model_fingerprint
 from buffer.rate_limiter import RateLimiterSettings
 from buffer.table import Wait
+from buffer.wire import LearnerReport
 from learner.collate import collate
 from learner.distributed import ALONE, Ranks
 from learner.run_log import RunLog
@@ -220,6 +221,26 @@ def test_reports_that_a_service_does_not_answer_are_counted_and_never_pile_up(mo
     lost = [json.loads(line)["report/lost_total"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lost[0] == 0
     assert lost[-1] >= 2
+
+
+def test_reports_that_fail_by_a_defect_are_logged_counted_and_keep_no_place(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(ServiceClient):
+        def post_learner_metrics(self, report: LearnerReport) -> None:
+            raise RuntimeError(f"defect at {report.updates}")
+
+    run_log = RunLog(tmp_path, run_name="run", wandb_project=None, updates_done=0)
+    client = Broken("http://127.0.0.1:1", settings=NO_RETRY)
+    with closing(run_log), closing(client), ThreadPoolExecutor(1) as executor:
+        reporter = ServiceReporter(run_log, client, executor, total_updates=10)
+        for updates in range(1, MAX_PENDING_REPORTS + 3):
+            reporter.update(Progress(updates, updates), {}, ())
+            executor.submit(lambda: None).result()  # the report has ended
+
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["report/lost_total"] for line in lines] == [*range(MAX_PENDING_REPORTS + 2)]
+    assert f"defect at {MAX_PENDING_REPORTS + 2}" in caplog.text
 
 
 @pytest.mark.timeout(240)
