@@ -17,7 +17,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from buffer.client import HttpTable, HttpWeightStore, ServiceClient
-from buffer.errors import InvalidSettings, RunMismatch, StalewiseError
+from buffer.errors import InvalidSettings, StalewiseError
 from buffer.evaluations_client import HttpEvaluations
 from buffer.fingerprint import model_fingerprint
 from buffer.heap import keep_freed_memory
@@ -46,6 +46,7 @@ from learner.sampling import Prefetcher, selector_schedule
 from learner.sharding import ShardedPolicy
 from learner.step import Progress, Trainer
 from services.model_dir import local_model_dir
+from services.run_check import check_run
 from services.settings import RunConfig, connect, log_settings
 
 log = logging.getLogger(__name__)
@@ -157,7 +158,7 @@ def _learn(
     stop = stack.enter_context(_stop_on_signals())  # the first rank stops; the others go on with it to its end
     client = stack.enter_context(closing(connect(config, stopping=stop)))
     fingerprint = model_fingerprint(model_dir)
-    _check_run(client, config, fingerprint)
+    check_run(client, config, fingerprint)
     trainer = _make_trainer(config, model_dir, objective, ranks)
     checkpoints = Checkpoints(
         config.run.directory / "learner" / "checkpoints",
@@ -229,21 +230,6 @@ def _stop_on_signals() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _check_run(client: ServiceClient, config: RunConfig, fingerprint: str) -> None:
-    """Wait for the service and compare whom we are talking to."""
-    info = client.run_info()
-    if info.run_id != config.run.name:
-        raise RunMismatch(
-            f"{client.url} serves run {info.run_id}, this learner is set to run {config.run.name}",
-            hint="set run.name or service.url",
-        )
-    if info.model_fingerprint not in (None, fingerprint):
-        raise RunMismatch(
-            f"run {info.run_id} was begun with another model or tokenizer than {config.run.model}",
-            hint="set run.model to the model that the run was begun with, or give the run another name",
-        )
 
 
 def _make_trainer(config: RunConfig, model_dir: Path, objective: Objective, ranks: Ranks) -> Trainer:

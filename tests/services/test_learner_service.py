@@ -349,7 +349,7 @@ def test_a_directory_without_a_model_is_one_sentence(tmp_path: Path) -> None:
 
 def test_another_run_and_another_model_are_refused(model_dir: Path, tmp_path: Path) -> None:
     with serving(make_context(tmp_path / "service")) as url:
-        with pytest.raises(RunMismatch, match=f"serves run {RUN_ID}, this learner is set to run other"):
+        with pytest.raises(RunMismatch, match=f"serves run {RUN_ID}, but run.name is other"):
             run_learner(_config(tmp_path, url, model_dir, "run.name=other"), resume=False)
 
         client = ServiceClient(url, settings=NO_RETRY)
