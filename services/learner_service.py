@@ -61,11 +61,20 @@ LOG_EVERY_UPDATES = 10
 class ServiceReporter:
     """Writes metrics to the run's log and posts them to the service, beside the next step; a lost post is counted."""
 
-    def __init__(self, run_log: RunLog, client: ServiceClient, executor: Executor, *, total_updates: int) -> None:
+    def __init__(
+        self,
+        run_log: RunLog,
+        client: ServiceClient,
+        executor: Executor,
+        *,
+        total_updates: int,
+        retries: Callable[[], int],
+    ) -> None:
         self._run_log = run_log
         self._client = client
         self._executor = executor
         self._total_updates = total_updates
+        self._retries = retries
         self._last: Mapping[str, float] = {}
         self._pending = 0
         self._lost = 0
@@ -74,7 +83,8 @@ class ServiceReporter:
 
     def update(self, progress: Progress, metrics: Mapping[str, float], trained: Sequence[TrainedGroup]) -> None:
         """See learner.loop.Reporter."""
-        self._last = {**metrics, "report/lost_total": float(self._lost)}
+        counts = {"report/lost_total": float(self._lost), "request/retries_total": float(self._retries())}
+        self._last = {**metrics, **counts}
         self._run_log.write(progress, self._last)
         if progress.updates % LOG_EVERY_UPDATES == 0:
             log.info(
@@ -192,7 +202,7 @@ def _learn(
         ),
         publisher=publisher,
         checkpoints=checkpoints,
-        reporter=_open_reporter(config, trainer, stack),
+        reporter=_open_reporter(config, trainer, client, stack),
         settings=config.learner,
         stop=stop,
         now=time.monotonic,
@@ -289,7 +299,8 @@ def _make_prefetcher(config: RunConfig, trainer: Trainer, source: SampleSource) 
     )
 
 
-def _open_reporter(config: RunConfig, trainer: Trainer, stack: ExitStack) -> ServiceReporter:
+def _open_reporter(config: RunConfig, trainer: Trainer, client: ServiceClient, stack: ExitStack) -> ServiceReporter:
+    """Return the reporter of a run whose draws and publications go over `client`."""
     run_log = RunLog(
         config.run.directory / "learner",
         run_name=config.run.name,
@@ -301,6 +312,7 @@ def _open_reporter(config: RunConfig, trainer: Trainer, stack: ExitStack) -> Ser
         stack.enter_context(closing(_report_client(config))),
         stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="reporter")),
         total_updates=config.learner.total_updates,
+        retries=lambda: client.retries_total,
     )
 
 
