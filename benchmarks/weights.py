@@ -21,11 +21,12 @@ import zstandard
 
 from buffer.client import HttpWeightStore
 from buffer.connection import ClientSettings, ServiceClient
-from buffer.weights.delta import encode, write_delta
+from buffer.weights.delta import write_delta
 from buffer.weights.manifest import Payload
 from buffer.weights.mirror import Mirror
 from buffer.weights.tensors import HostTensor, TensorSpec
 from services.address import read_address
+from tests.deltas import delta_between
 
 TENSOR_VALUES = 5_000_000
 RATES = (4e-7, 1e-6, 3e-6, 1e-5)
@@ -96,7 +97,7 @@ def measure(millions: int, rate: float, repeats: int) -> None:
     old, new = versions(millions, rate)
     dense = sum(tensor.spec.num_bytes for tensor in old.values())
     changed = sum(int((tensor.bits != new[name].bits).sum()) for name, tensor in old.items())
-    content = b"".join(encode(old, new, base_version=0, version=1))
+    content = b"".join(delta_between(old, new, base_version=0, version=1))
     take_over_s, pack_s = publishing_s(old, new, repeats)
     apply_times = []
     for _ in range(repeats):

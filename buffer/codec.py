@@ -94,13 +94,8 @@ def encoded(group: Group) -> EncodedGroup:
     return EncodedGroup(group, encode_group(group))
 
 
-def content_hash(group: Group) -> str:
-    """Return the first 128 bits of the SHA-256 of the canonical record in hex: the identity of what a group says."""
-    return record_hash(encode_group(group))
-
-
 def record_hash(record: bytes) -> str:
-    """Return the content hash of a group that is already encoded."""
+    """Return the first 128 bits of the SHA-256 of a canonical record in hex: the identity of what a group says."""
     return hashlib.sha256(record).hexdigest()[:32]
 
 

@@ -170,7 +170,7 @@ def _socket_path(directory: Path) -> Iterator[Path]:
 def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]", directory: Path, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     next_word = time.monotonic() + _LOADING_WORD_S
-    with redis.Redis.from_url(url, retry=None) as client:
+    with redis.Redis.from_url(url, retry=None, socket_timeout=timeout_s) as client:
         while process.poll() is None and time.monotonic() < deadline:
             try:
                 client.ping()
@@ -180,7 +180,7 @@ def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]", directory: P
                 if time.monotonic() > next_word:
                     log.info("our own Redis is loading its data")
                     next_word += _LOADING_WORD_S
-            except redis.exceptions.ConnectionError:  # not there yet
+            except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError):  # not there yet, or stuck
                 pass
             time.sleep(0.02)
     why = (

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,14 +28,13 @@ from actor.tasks import Task, make_task
 from actor.tokenizer import load_tokenizer
 from actor.weight_sync import WeightSync
 from buffer.client import HttpTable, HttpWeightStore, ServiceClient
-from buffer.errors import EngineUnreachable, InvalidSettings, RunMismatch
+from buffer.errors import EngineUnreachable, InvalidSettings
 from buffer.evaluations_client import HttpEvaluations
 from buffer.fingerprint import model_fingerprint
 from buffer.weights.follower import Follower
 from services.model_dir import local_model_dir
-
-if TYPE_CHECKING:
-    from services.settings import RunConfig
+from services.run_check import check_run
+from services.settings import RunConfig, connect
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +44,7 @@ THREAD_END_S = 1.0
 """A thread in a long poll is not waited for: it is a daemon and holds nothing that a kill could break."""
 
 
-def run_actor(config: "RunConfig", *, actor_id: str | None = None, engine: str | None = None) -> None:
+def run_actor(config: RunConfig, *, actor_id: str | None = None, engine: str | None = None) -> None:
     """Generate until SIGTERM or SIGINT. `engine` overrides actor.engine; without `actor_id` a free one is taken.
 
     Raises InvalidSettings, SpoolInUse, RunMismatch, ServiceUnreachable, and what ends the loop.
@@ -55,9 +53,10 @@ def run_actor(config: "RunConfig", *, actor_id: str | None = None, engine: str |
     model_dir = local_model_dir(config.run.model)
     fingerprint = model_fingerprint(model_dir)
     task = make_task(config.actor.task, load_tokenizer(model_dir))
-    _check_run(config, fingerprint)
+    with closing(connect(config)) as client:
+        check_run(client, config, fingerprint)
     name, directory, spool = _claim(config, actor_id)
-    with closing(spool), closing(_client(config, retry_budget_s=0.0)) as client:  # the loops have their own patience
+    with closing(spool), closing(_client(config)) as client:
         stop = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
@@ -73,7 +72,7 @@ def run_actor(config: "RunConfig", *, actor_id: str | None = None, engine: str |
 class _Process:
     """The threads of one actor."""
 
-    config: "RunConfig"
+    config: RunConfig
     actor_id: str
     fingerprint: str
     spool: Spool
@@ -206,31 +205,12 @@ def _engine_maker(name: str, settings: ActorSettings) -> _Maker:
     return _ENGINES[name]
 
 
-def _client(config: "RunConfig", *, retry_budget_s: float) -> ServiceClient:
-    from services.settings import connect
-
-    client = config.client.model_copy(update={"retry_budget_s": retry_budget_s})
-    return connect(config.model_copy(update={"client": client}))
+def _client(config: RunConfig) -> ServiceClient:
+    """Return a client that never retries: the loops of an actor have their own patience."""
+    return connect(config.model_copy(update={"client": config.client.model_copy(update={"retry_budget_s": 0.0})}))
 
 
-def _check_run(config: "RunConfig", fingerprint: str) -> None:
-    """Wait for the service and compare whom we are talking to. Raises RunMismatch."""
-    with closing(_client(config, retry_budget_s=config.client.retry_budget_s)) as client:
-        info = client.run_info()
-    if info.run_id != config.run.name:
-        raise RunMismatch(
-            f"{client.url} serves run {info.run_id}, this actor is set to run {config.run.name}",
-            hint="set run.name or service.url",
-        )
-    if info.model_fingerprint not in (None, fingerprint):
-        raise RunMismatch(
-            f"run {info.run_id} trains the model {str(info.model_fingerprint)[:12]}, {config.run.model} is"
-            f" {fingerprint[:12]}",
-            hint="set run.model to a copy of the learner's model directory: config and tokenizer must be the same",
-        )
-
-
-def _claim(config: "RunConfig", actor_id: str | None) -> tuple[str, Path, Spool]:
+def _claim(config: RunConfig, actor_id: str | None) -> tuple[str, Path, Spool]:
     """Take the directory and the spool of an actor id; without one, of the first free <host>-<number>."""
     if actor_id is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", actor_id):
         raise InvalidSettings(f"actor id {actor_id!r} is not a plain name", hint="use letters, digits, '.', '_', '-'")

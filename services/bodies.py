@@ -3,7 +3,7 @@
 import itertools
 import logging
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio.from_thread
 import msgpack
@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -18,11 +19,13 @@ from buffer.codec import bare_record
 from buffer.encoded import EncodedSample
 from buffer.errors import NotAcceptable, Oversize, StalewiseError, Unauthorized, UnsupportedMediaType
 from buffer.types import SCHEMA
-from buffer.wire import JSON, MSGPACK, Problem, encode
+from buffer.wire import JSON, MSGPACK, Problem, decode, encode, parse
 
 log = logging.getLogger(__name__)
 
 _UPLOAD_CHUNK_BYTES = 1 << 20
+
+M = TypeVar("M", bound=BaseModel)
 
 
 def sent_media_type(request: Request) -> str:
@@ -67,6 +70,16 @@ async def read_body(request: Request, *, max_bytes: int) -> bytes:
     return b"".join([chunk async for chunk in capped(request, max_bytes=max_bytes)])
 
 
+async def read_record(request: Request, model: type[M], *, max_bytes: int) -> M:
+    """Return the record that a body holds, parsed in a worker thread: a large one would hold up all other requests.
+
+    Raises UnsupportedMediaType, Oversize, InvalidRequest and InvalidRecord.
+    """
+    media_type = sent_media_type(request)
+    raw = await read_body(request, max_bytes=max_bytes)
+    return await run_in_threadpool(lambda: parse(model, decode(raw, media_type)))
+
+
 async def capped(request: Request, *, max_bytes: int) -> AsyncIterator[bytes]:
     """Yield the body as it arrives. Raises Oversize as soon as it is known to be larger than `max_bytes`."""
     announced = request.headers.get("content-length", "")
@@ -107,19 +120,20 @@ def _oversize(num_bytes: int, max_bytes: int) -> Oversize:
 def answer(
     body: BaseModel, media_type: str, *, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """Return a record as a response."""
+    """Return a record as a response. Call it from a worker thread where the record may be large."""
     return Response(encode(body, media_type), status_code=status, headers=headers, media_type=media_type)
 
 
-def sample_answer(num_groups: int, chunks: Iterator[list[EncodedSample]], media_type: str) -> Response:
+def sample_answer(
+    num_groups: int, first: list[EncodedSample], rest: Iterator[list[EncodedSample]], media_type: str
+) -> Response:
     """Return a SampleResponse of so many groups, streamed chunk by chunk unless the first one is all.
 
-    In msgpack the records go out as they are stored. Reads the first chunk: call it from a worker thread.
+    In msgpack the records go out as they are stored. Call it from a worker thread.
     """
     write = _packed_samples if media_type == MSGPACK else _json_samples
-    first = next(chunks, [])
-    pieces = write(len(first) and num_groups, itertools.chain([first], chunks))
-    if len(first) in (0, num_groups):
+    pieces = write(num_groups, itertools.chain([first], rest))
+    if len(first) == num_groups:
         return Response(b"".join(pieces), media_type=media_type)
     return StreamingResponse(pieces, media_type=media_type)
 

@@ -1,5 +1,6 @@
 """Looking at stored groups over HTTP: pages of summaries, one group, all of them as a stream."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -39,16 +40,18 @@ def browse_operations(context: ServiceContext) -> Sequence[Operation]:
         wanted = wanted_media_type(request)
         given = {"cursor": cursor, "limit": limit, "oldest_first": oldest_first}
         query = parse(GroupQuery, given | {"split": split, "prompt_id": prompt_id, "unused": unused})
-        return answer(await run_in_threadpool(table.browse, query), wanted)
+        return await run_in_threadpool(lambda: answer(table.browse(query), wanted))
 
     async def get_group(request: Request, group_id: Annotated[str, Path(pattern=IDENTIFIER_PATTERN)]) -> Response:
         """Return a stored group and what is known about it."""
         wanted = wanted_media_type(request)
-        return answer(await run_in_threadpool(_stored, table, group_id), wanted)
+        return await run_in_threadpool(lambda: answer(_stored(table, group_id), wanted))
 
     async def export(request: Request) -> Response:
         """Stream the groups that are stored now, oldest first, each as one line of JSON `{schema, group}`."""
-        return StreamingResponse(map(json_line, stored_groups(table)), media_type=JSON_LINES)
+        lines = map(json_line, stored_groups(table))
+        first = await run_in_threadpool(next, lines, b"")  # before the status: a store that is away is still a 503
+        return StreamingResponse(itertools.chain([first], lines), media_type=JSON_LINES)
 
     return (
         Operation(route="GET /v1/groups", endpoint=list_groups, answers={200: GroupPage}, problems=(406, 422, 503)),

@@ -8,8 +8,7 @@ from starlette.concurrency import run_in_threadpool
 
 from buffer.errors import InvalidRequest
 from buffer.evaluations import ClaimAnswer, Evaluation, EvaluationBoard, EvaluationClaim
-from buffer.wire import decode, parse
-from services.bodies import answer, read_body, sent_media_type, wanted_media_type
+from services.bodies import answer, read_record, wanted_media_type
 from services.context import ServiceContext
 from services.operations import Operation
 
@@ -27,16 +26,13 @@ def evaluation_operations(context: ServiceContext) -> Sequence[Operation]:
 
     async def claim(request: Request) -> Response:
         """Offer to evaluate a version; at most one actor at a time is granted one of an interval of versions."""
-        media_type, wanted = sent_media_type(request), wanted_media_type(request)
-        raw = await read_body(request, max_bytes=settings.max_body_bytes)
-        asked = parse(EvaluationClaim, decode(raw, media_type))
+        wanted = wanted_media_type(request)
+        asked = await read_record(request, EvaluationClaim, max_bytes=settings.max_body_bytes)
         return answer(await run_in_threadpool(evaluations.claim, asked), wanted)
 
     async def record(request: Request, version: Version) -> Response:
         """Hand in the result of a granted claim; again is harmless."""
-        media_type = sent_media_type(request)
-        raw = await read_body(request, max_bytes=settings.max_body_bytes)
-        evaluation = parse(Evaluation, decode(raw, media_type))
+        evaluation = await read_record(request, Evaluation, max_bytes=settings.max_body_bytes)
         if evaluation.version != version:
             raise InvalidRequest(f"the path says version {version}, the evaluation {evaluation.version}")
         await run_in_threadpool(evaluations.record, evaluation)

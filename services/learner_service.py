@@ -17,7 +17,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from buffer.client import HttpTable, HttpWeightStore, ServiceClient
-from buffer.errors import InvalidSettings, RunMismatch, StalewiseError
+from buffer.errors import InvalidSettings, StalewiseError
 from buffer.evaluations_client import HttpEvaluations
 from buffer.fingerprint import model_fingerprint
 from buffer.heap import keep_freed_memory
@@ -46,6 +46,7 @@ from learner.sampling import Prefetcher, selector_schedule
 from learner.sharding import ShardedPolicy
 from learner.step import Progress, Trainer
 from services.model_dir import local_model_dir
+from services.run_check import check_run
 from services.settings import RunConfig, connect, log_settings
 
 log = logging.getLogger(__name__)
@@ -60,11 +61,20 @@ LOG_EVERY_UPDATES = 10
 class ServiceReporter:
     """Writes metrics to the run's log and posts them to the service, beside the next step; a lost post is counted."""
 
-    def __init__(self, run_log: RunLog, client: ServiceClient, executor: Executor, *, total_updates: int) -> None:
+    def __init__(
+        self,
+        run_log: RunLog,
+        client: ServiceClient,
+        executor: Executor,
+        *,
+        total_updates: int,
+        retries: Callable[[], int],
+    ) -> None:
         self._run_log = run_log
         self._client = client
         self._executor = executor
         self._total_updates = total_updates
+        self._retries = retries
         self._last: Mapping[str, float] = {}
         self._pending = 0
         self._lost = 0
@@ -73,7 +83,8 @@ class ServiceReporter:
 
     def update(self, progress: Progress, metrics: Mapping[str, float], trained: Sequence[TrainedGroup]) -> None:
         """See learner.loop.Reporter."""
-        self._last = {**metrics, "report/lost_total": float(self._lost)}
+        counts = {"report/lost_total": float(self._lost), "request/retries_total": float(self._retries())}
+        self._last = {**metrics, **counts}
         self._run_log.write(progress, self._last)
         if progress.updates % LOG_EVERY_UPDATES == 0:
             log.info(
@@ -115,17 +126,20 @@ class ServiceReporter:
             self._executor.submit(self._send, report)
 
     def _send(self, report: LearnerReport) -> None:
-        error: StalewiseError | None = None
+        is_taken = False
         try:
             self._client.post_learner_metrics(report)
-        except StalewiseError as caught:
-            error = caught
-        if error is not None and not self._is_away:
-            log.warning("the service does not take reports of the learner: %s", error)
-        self._is_away = error is not None
-        with self._counts:
-            self._pending -= 1
-            self._lost += self._is_away
+            is_taken = True
+        except StalewiseError as error:
+            if not self._is_away:
+                log.warning("the service does not take reports of the learner: %s", error)
+        except Exception:  # a defect of ours: it would stay in a future that nobody asks
+            log.exception("a report of the learner could not be sent")
+        finally:
+            self._is_away = not is_taken
+            with self._counts:
+                self._pending -= 1
+                self._lost += self._is_away
 
 
 def run_learner(config: RunConfig, *, resume: bool) -> None:
@@ -154,7 +168,7 @@ def _learn(
     stop = stack.enter_context(_stop_on_signals())  # the first rank stops; the others go on with it to its end
     client = stack.enter_context(closing(connect(config, stopping=stop)))
     fingerprint = model_fingerprint(model_dir)
-    _check_run(client, config, fingerprint)
+    check_run(client, config, fingerprint)
     trainer = _make_trainer(config, model_dir, objective, ranks)
     checkpoints = Checkpoints(
         config.run.directory / "learner" / "checkpoints",
@@ -188,7 +202,7 @@ def _learn(
         ),
         publisher=publisher,
         checkpoints=checkpoints,
-        reporter=_open_reporter(config, trainer, stack),
+        reporter=_open_reporter(config, trainer, client, stack),
         settings=config.learner,
         stop=stop,
         now=time.monotonic,
@@ -226,21 +240,6 @@ def _stop_on_signals() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _check_run(client: ServiceClient, config: RunConfig, fingerprint: str) -> None:
-    """Wait for the service and compare whom we are talking to."""
-    info = client.run_info()
-    if info.run_id != config.run.name:
-        raise RunMismatch(
-            f"{client.url} serves run {info.run_id}, this learner is set to run {config.run.name}",
-            hint="set run.name or service.url",
-        )
-    if info.model_fingerprint not in (None, fingerprint):
-        raise RunMismatch(
-            f"run {info.run_id} was begun with another model or tokenizer than {config.run.model}",
-            hint="set run.model to the model that the run was begun with, or give the run another name",
-        )
 
 
 def _make_trainer(config: RunConfig, model_dir: Path, objective: Objective, ranks: Ranks) -> Trainer:
@@ -300,7 +299,8 @@ def _make_prefetcher(config: RunConfig, trainer: Trainer, source: SampleSource) 
     )
 
 
-def _open_reporter(config: RunConfig, trainer: Trainer, stack: ExitStack) -> ServiceReporter:
+def _open_reporter(config: RunConfig, trainer: Trainer, client: ServiceClient, stack: ExitStack) -> ServiceReporter:
+    """Return the reporter of a run whose draws and publications go over `client`."""
     run_log = RunLog(
         config.run.directory / "learner",
         run_name=config.run.name,
@@ -312,6 +312,7 @@ def _open_reporter(config: RunConfig, trainer: Trainer, stack: ExitStack) -> Ser
         stack.enter_context(closing(_report_client(config))),
         stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="reporter")),
         total_updates=config.learner.total_updates,
+        retries=lambda: client.retries_total,
     )
 
 

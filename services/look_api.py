@@ -23,17 +23,17 @@ def look_operations(context: ServiceContext) -> Sequence[Operation]:
     async def history(request: Request, after_s: After = 0.0) -> Response:
         """Return the run's numbers over time, in a bounded number of points."""
         wanted = wanted_media_type(request)
-        return answer(await run_in_threadpool(lambda: context.history.read(after_s=after_s)), wanted)
+        return await run_in_threadpool(lambda: answer(context.history.read(after_s=after_s), wanted))
 
     async def trained_groups(request: Request) -> Response:
         """Return summaries of the groups trained on of late, newest first."""
         wanted = wanted_media_type(request)
-        return answer(TrainedPage(groups=await run_in_threadpool(context.trained.summaries)), wanted)
+        return await run_in_threadpool(lambda: answer(TrainedPage(groups=context.trained.summaries()), wanted))
 
     async def trained_group(request: Request, group_id: Annotated[str, Path(pattern=IDENTIFIER_PATTERN)]) -> Response:
         """Return a group that was trained on of late, with its ratios; it may have left the table."""
         wanted = wanted_media_type(request)
-        return answer(await run_in_threadpool(context.trained.get, group_id), wanted)
+        return await run_in_threadpool(lambda: answer(context.trained.get(group_id), wanted))
 
     return (
         Operation(route="GET /v1/history", endpoint=history, answers={200: HistoryPage}, problems=(406, 422, 503)),

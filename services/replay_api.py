@@ -1,7 +1,6 @@
 """The HTTP face of a replay table: stateless, JSON and msgpack, one honest status and one error shape."""
 
 import asyncio
-import itertools
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -21,10 +20,8 @@ from buffer.wire import (
     SampleResponse,
     ServiceStats,
     TimedSampleRequest,
-    decode,
-    parse,
 )
-from services.bodies import answer, install_error_shape, read_body, sample_answer, sent_media_type, wanted_media_type
+from services.bodies import answer, install_error_shape, read_record, sample_answer, wanted_media_type
 from services.browse_api import browse_operations
 from services.context import ServiceContext
 from services.dashboard import page_operations
@@ -77,29 +74,27 @@ def _sample_operations(context: ServiceContext) -> Sequence[Operation]:
 
     async def sample(request: Request) -> Response:
         """Draw groups, waiting up to `timeout_s` for the draw to become possible; no groups when it did not."""
-        media_type, wanted = sent_media_type(request), wanted_media_type(request)
-        raw = await read_body(request, max_bytes=settings.max_body_bytes)
-        timed = parse(TimedSampleRequest, decode(raw, media_type))
+        wanted = wanted_media_type(request)
+        timed = await read_record(request, TimedSampleRequest, max_bytes=settings.max_body_bytes)
         draw = SampleRequest(**{name: value for name, value in timed if name != "timeout_s"})
         started_s = context.monotonic()
         while (response := await run_in_threadpool(_drawn, table, draw, wanted)) is None:
             waited_s = context.monotonic() - started_s
             if waited_s >= timed.timeout_s or context.closing.is_set() or await request.is_disconnected():
-                return sample_answer(0, iter(()), wanted)
+                return answer(SampleResponse(samples=[]), wanted)
             await asyncio.sleep(min(max(settings.poll_s, waited_s / 10), _LONGEST_POLL_S))
         return response
 
     async def priorities(request: Request) -> Response:
         """Give stored groups new priorities; ids that are not stored are ignored and counted."""
-        media_type, wanted = sent_media_type(request), wanted_media_type(request)
-        raw = await read_body(request, max_bytes=settings.max_body_bytes)
-        posted = parse(PriorityRequest, decode(raw, media_type)).priorities
-        return answer(await run_in_threadpool(table.update_priorities, posted), wanted)
+        wanted = wanted_media_type(request)
+        posted = await read_record(request, PriorityRequest, max_bytes=settings.max_body_bytes)
+        return answer(await run_in_threadpool(table.update_priorities, posted.priorities), wanted)
 
     async def prompts(request: Request, cursor: Cursor = "", limit: PageLimit = 100) -> Response:
         """Return the statistics of prompts, in the order of their ids, from after `cursor`."""
         wanted = wanted_media_type(request)
-        return answer(await run_in_threadpool(table.prompts, cursor, limit), wanted)
+        return await run_in_threadpool(lambda: answer(table.prompts(cursor, limit), wanted))
 
     return (
         Operation(
@@ -129,7 +124,7 @@ def _drawn(table: ServedTable, draw: SampleRequest, media_type: str) -> Response
     """Return the answer to a draw; None while it must wait."""
     chunks = table.sample_encoded(draw)
     first = next(chunks, None)
-    return None if first is None else sample_answer(draw.num_groups, itertools.chain([first], chunks), media_type)
+    return None if first is None else sample_answer(draw.num_groups, first, chunks, media_type)
 
 
 def _status_operations(context: ServiceContext) -> Sequence[Operation]:
@@ -141,21 +136,17 @@ def _status_operations(context: ServiceContext) -> Sequence[Operation]:
     async def stats(request: Request) -> Response:
         """Return everything a dashboard needs, in constant time."""
         wanted = wanted_media_type(request)
-        return answer(await run_in_threadpool(service_stats, context), wanted)
+        return await run_in_threadpool(lambda: answer(service_stats(context), wanted))
 
     async def heartbeat(request: Request, actor_id: Identity) -> Response:
         """Keep an actor's heartbeat in place of its previous one."""
-        media_type = sent_media_type(request)
-        raw = await read_body(request, max_bytes=settings.max_body_bytes)
-        beat = parse(Heartbeat, decode(raw, media_type))
+        beat = await read_record(request, Heartbeat, max_bytes=settings.max_body_bytes)
         await run_in_threadpool(context.presence.heartbeat, actor_id, beat)
         return Response(status_code=204)
 
     async def learner_metrics(request: Request) -> Response:
         """Keep the learner's report in place of its previous one, and the groups that it has just trained on."""
-        media_type = sent_media_type(request)
-        raw = await read_body(request, max_bytes=settings.max_body_bytes)
-        report = parse(LearnerReport, decode(raw, media_type))
+        report = await read_record(request, LearnerReport, max_bytes=settings.max_body_bytes)
         await run_in_threadpool(context.presence.report, report)
         if report.trained:
             await run_in_threadpool(context.trained.push, report.trained)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import Path, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
@@ -14,14 +15,15 @@ from buffer.errors import InvalidRequest, RangeNotSatisfiable, RunMismatch, Stor
 from buffer.weights.manifest import Manifest
 from buffer.weights.retention import check_publication
 from buffer.weights.store import ServedWeightStore
-from buffer.wire import decode, parse
-from services.bodies import answer, read_body, sent_media_type, upload_chunks, wanted_media_type
+from services.bodies import answer, read_record, upload_chunks, wanted_media_type
 from services.context import ServiceContext
 from services.operations import OCTETS, Operation
 
 log = logging.getLogger(__name__)
 
 _IMMUTABLE = "public, max-age=31536000, immutable"
+_MAX_UPLOADS = 32
+"""Payloads that are received side by side: each holds a thread for as long as its sender takes. Others wait unread."""
 
 BlobName = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$")]
 Version = Annotated[int, Path(ge=0, lt=1 << 53)]
@@ -34,11 +36,12 @@ def weight_operations(context: ServiceContext) -> Sequence[Operation]:
 
 def _blob_operations(context: ServiceContext) -> Sequence[Operation]:
     weights, settings = context.weights, context.settings
+    uploads = CapacityLimiter(_MAX_UPLOADS)  # slow senders must not take the threads that all other requests share
 
     async def put_blob(request: Request, sha256: BlobName) -> Response:
         """Store a payload under its sha256; storing it twice is harmless."""
         chunks = upload_chunks(request, max_bytes=settings.max_blob_bytes)
-        await run_in_threadpool(weights.put_blob, sha256, chunks)
+        await to_thread.run_sync(weights.put_blob, sha256, chunks, limiter=uploads)
         return Response(status_code=204)
 
     async def get_blob(request: Request, sha256: BlobName) -> Response:
@@ -105,9 +108,7 @@ def _read_operations(context: ServiceContext) -> Sequence[Operation]:
 def _publish_operation(context: ServiceContext) -> Operation:
     async def publish(request: Request, version: Version) -> Response:
         """Commit a version whose payloads are stored; the table's clock advances with it."""
-        media_type = sent_media_type(request)
-        raw = await read_body(request, max_bytes=context.settings.max_body_bytes)
-        manifest = parse(Manifest, decode(raw, media_type))
+        manifest = await read_record(request, Manifest, max_bytes=context.settings.max_body_bytes)
         if manifest.version != version:
             raise InvalidRequest(f"the path says version {version}, the manifest {manifest.version}")
         if manifest.run_id != context.run_id:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from buffer.codec import encode_group, record_hash
 from buffer.types import FinishReason, Group, Part, PolicyVersion, SamplingSettings, Split, Trajectory, VersionSpan
 from buffer.weights.manifest import Manifest, Payload, Probe
 
@@ -83,6 +84,11 @@ def make_group(
             for i, reward in enumerate(rewards)
         ]
     return Group(run_id=run_id, group_id=group_id, prompt_id=prompt_id, split=split, trajectories=tuple(trajectories))
+
+
+def content_hash(group: Group) -> str:
+    """Return the content hash that a table gives the group."""
+    return record_hash(encode_group(group))
 
 
 def parts_of(group_id: str = "g0", *, size: int, **fields: Any) -> list[Part]:

@@ -9,7 +9,7 @@ Tensors that did not change are left out. Everything is read and written as a st
 """
 
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Final, Literal, Self
 
@@ -17,8 +17,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from buffer.errors import CorruptWeights
 from buffer.types import PolicyVersion, Record
-from buffer.weights.changes import BLOCK_VALUES, Change, Packer, Read, find_change
-from buffer.weights.tensors import HostTensor, TensorSpec, Xxh3, checksum
+from buffer.weights.changes import BLOCK_VALUES, Change, Packer, Read
+from buffer.weights.tensors import TensorSpec, Xxh3, checksum
 
 MAGIC: Final = b"SWDELTA\n"
 MAX_HEADER_BYTES: Final = 16 << 20
@@ -88,33 +88,6 @@ def write_delta(
     for tensor in tensors:
         for change in tensor.changes:
             yield packer.pack(change)
-
-
-def encode(
-    base: Mapping[str, HostTensor],
-    result: Mapping[str, HostTensor],
-    *,
-    base_version: PolicyVersion,
-    version: PolicyVersion,
-) -> Iterator[bytes]:
-    """Yield the delta between two sets of tensors that lie in memory. Raises ValueError when their specs differ.
-
-    A publisher, which holds one set only, uses Mirror.advance and write_delta.
-    """
-    if {name: tensor.spec for name, tensor in base.items()} != {name: tensor.spec for name, tensor in result.items()}:
-        raise ValueError("the two sets do not hold the same tensors: a delta keeps names, dtypes and shapes")
-    changed = []
-    for name, new in result.items():
-        before, after = base[name].digest(), new.digest()
-        if before != after:
-            entry = ChangedTensor(**dict(new.spec), base=before, result=after)
-            changed.append(TensorChange(entry, _changes(base[name], new)))
-    return write_delta(base_version, version, changed)
-
-
-def _changes(base: HostTensor, result: HostTensor) -> Iterator[Change | None]:
-    for start, stop in blocks_of(result.spec.num_values):
-        yield find_change(base.read(start, stop), result.read(start, stop))
 
 
 def read_header(read: Read) -> DeltaHeader:

@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -108,22 +109,25 @@ class DirectoryWeightStore:
 
     def latest_version(self) -> PolicyVersion:
         """See ServedWeightStore."""
-        try:
-            return int((self.directory / "LATEST").read_text())
-        except FileNotFoundError:
-            return -1
+        with _disk_errors():
+            try:
+                return int((self.directory / "LATEST").read_text())
+            except FileNotFoundError:
+                return -1
 
     def manifest(self, version: PolicyVersion) -> Manifest:
         """See WeightStore."""
         path = self._manifest_path(version)
-        try:
-            if version > self.latest_version():
-                raise FileNotFoundError  # not committed
-            return Manifest.model_validate_json(path.read_bytes())
-        except FileNotFoundError:
-            raise absent_version(version, self._settings.keep_versions) from None
-        except ValidationError as error:
-            raise StoreUnavailable(f"{path} is damaged", hint="restore it or remove the weights directory") from error
+        with _disk_errors():
+            try:
+                if version > self.latest_version():
+                    raise FileNotFoundError  # not committed
+                return Manifest.model_validate_json(path.read_bytes())
+            except FileNotFoundError:
+                raise absent_version(version, self._settings.keep_versions) from None
+            except ValidationError as error:
+                hint = "restore it or remove the weights directory"
+                raise StoreUnavailable(f"{path} is damaged", hint=hint) from error
 
     def blob(self, sha256: str) -> Iterator[bytes]:
         """See WeightStore."""
@@ -135,22 +139,25 @@ class DirectoryWeightStore:
 
     def blob_bytes(self, sha256: str) -> int:
         """See ServedWeightStore."""
-        try:
-            return (self._blobs / sha256).stat().st_size
-        except FileNotFoundError:
-            raise absent_blob(sha256) from None
+        with _disk_errors():
+            try:
+                return (self._blobs / sha256).stat().st_size
+            except FileNotFoundError:
+                raise absent_blob(sha256) from None
 
     def blob_range(self, sha256: str, start: int, stop: int) -> Iterator[bytes]:
         """See ServedWeightStore. A payload that retention takes meanwhile is sent to its end: the file is open."""
-        try:
-            file = (self._blobs / sha256).open("rb", buffering=0)
-        except FileNotFoundError:
-            raise absent_blob(sha256) from None
-        with _disk_errors(), file:
+        with _disk_errors(), self._opened(sha256) as file:
             file.seek(start)
             while start < stop and (chunk := file.read(min(CHUNK_BYTES, stop - start))):
                 start += len(chunk)
                 yield chunk
+
+    def _opened(self, sha256: str) -> FileIO:
+        try:
+            return (self._blobs / sha256).open("rb", buffering=0)
+        except FileNotFoundError:
+            raise absent_blob(sha256) from None
 
     def pin(self, version: PolicyVersion) -> None:
         """See ServedWeightStore."""

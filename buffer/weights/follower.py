@@ -41,8 +41,6 @@ class Follower:
         self._directory = directory
         self._monotonic = monotonic
         self._mirror: Mirror | None = None
-        self.bytes_total = 0
-        """Payload bytes fetched, all in all."""
 
     def follow(self, manifest: Manifest) -> tuple[Mirror, Fetched]:
         """Bring the mirror to a version; a delta that cannot be used is answered by a keyframe at once.
@@ -104,7 +102,6 @@ class Follower:
         files = [self._part(part) for part in step.parts]
         for file, part in zip(files, step.parts, strict=True):
             self._store.download(part, file)
-            self.bytes_total += part.size_bytes
         try:
             yield files
         finally:

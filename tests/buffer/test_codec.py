@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis.extra.numpy import arrays
 
-from buffer.codec import MAX_LIST_ITEMS, content_hash, decode_group, encode_group, group_from_record, unpack
+from buffer.codec import MAX_LIST_ITEMS, decode_group, encode_group, group_from_record, unpack
 from buffer.errors import InvalidRecord, Oversize
 from buffer.types import FinishReason, Group, SamplingSettings, Split, Trajectory, VersionSpan
-from tests.factories import make_group, make_trajectory
+from tests.factories import content_hash, make_group, make_trajectory
 
 LIMIT_BYTES = 1 << 20
 profile = settings(max_examples=60, deadline=None, derandomize=True, database=None)

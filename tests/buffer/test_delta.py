@@ -12,15 +12,16 @@ from hypothesis import strategies as st
 from buffer.errors import CorruptWeights, StalewiseError, WrongBase
 from buffer.weights import changes
 from buffer.weights.changes import Packer, Unpacker, find_change
-from buffer.weights.delta import MAGIC, Stream, encode, read_header, write_delta
+from buffer.weights.delta import MAGIC, Stream, read_header, write_delta
 from buffer.weights.tensors import HostTensor, checksum
 from tests.buffer.weights_sets import bits_of, mirror_of, neighbours, tensor
+from tests.deltas import delta_between
 
 Tensors = dict[str, HostTensor]
 
 
 def delta(old: Tensors, new: Tensors, base_version: int = 0, version: int = 1) -> bytes:
-    return b"".join(encode(old, new, base_version=base_version, version=version))
+    return b"".join(delta_between(old, new, base_version=base_version, version=version))
 
 
 def sparse_pair(size: int = 100_000) -> tuple[Tensors, Tensors]:

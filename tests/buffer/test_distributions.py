@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import pytest
 from pydantic import ValidationError
 
-from buffer.codec import content_hash, decode_group, encode_group, group_from_record
+from buffer.codec import decode_group, encode_group, group_from_record
 from buffer.types import SamplingSettings, Trajectory
-from tests.factories import UNTRUNCATED, make_group, make_trajectory
+from tests.factories import UNTRUNCATED, content_hash, make_group, make_trajectory
 
 TOP_2 = SamplingSettings(temperature=1.0, top_p=1.0, top_k=2, min_p=0.0)
 ROWS = [[0.5, 0.25, 0.25], [0.125, 0.75, 0.125]]

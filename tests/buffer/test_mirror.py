@@ -8,9 +8,9 @@ import pytest
 from safetensors import safe_open
 
 from buffer.errors import CorruptWeights
-from buffer.weights.delta import encode
 from buffer.weights.mirror import Mirror
 from tests.buffer.weights_sets import bits_of, mirror_of, tensor
+from tests.deltas import delta_between
 
 TENSORS = {
     "scalar": tensor("scalar", "F32", (), [0x7FC00001]),
@@ -44,7 +44,7 @@ def test_a_mapped_file_follows_the_deltas(tmp_path: Path) -> None:
     new = TENSORS | {"weight": tensor("weight", "BF16", (2, 3), [0, 0, 0x7F80, 1, 2, 4])}
     mirror = Mirror.open(path, 0)
 
-    mirror.apply([encode(TENSORS, new, base_version=0, version=1)], base_version=0, version=1)
+    mirror.apply([delta_between(TENSORS, new, base_version=0, version=1)], base_version=0, version=1)
 
     assert bits_of(Mirror.open(path, 1).tensors) == bits_of(new)
 

@@ -192,6 +192,30 @@ def test_second_server_on_a_directory_says_what_it_waits_for_and_is_refused(
     assert f"is using {tmp_path}: waiting up to 0.1 s for its end" in caplog.text
 
 
+SILENT_REDIS = """#!{python}
+import socket, sys, time
+if "--version" not in sys.argv:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(sys.argv[sys.argv.index("--unixsocket") + 1])
+    listener.listen()
+    time.sleep(600)
+"""
+
+
+def test_a_server_that_accepts_and_never_answers_is_given_up_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "redis-server").write_text(SILENT_REDIS.format(python=sys.executable))
+    (tmp_path / "redis-server").chmod(0o700)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+
+    with (
+        pytest.raises(StoreUnavailable, match="our own Redis did not answer in 2 s: it wrote no log"),
+        redis_server(tmp_path / "data", RedisSettings(start_timeout_s=2.0)),
+    ):
+        pass
+
+
 def test_long_directories_work_too(tmp_path: Path) -> None:
     directory = tmp_path / ("d" * 120)
     for _ in range(2):

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from buffer.client import HttpTable, HttpWeightStore
-from buffer.codec import content_hash
 from buffer.connection import ClientSettings, ServiceClient
 from buffer.errors import ServiceUnreachable, StoreUnavailable
 from buffer.selectors import Uniform
@@ -20,7 +19,7 @@ from buffer.table import SampleRequest
 from buffer.types import Group
 from services.address import read_address
 from tests.chaos.journal import Journal
-from tests.factories import PAYLOAD, make_group, make_manifest, make_trajectory
+from tests.factories import PAYLOAD, content_hash, make_group, make_manifest, make_trajectory
 
 GROUPS_PER_DRAW = 4
 DRAWS_PER_VERSION = 5

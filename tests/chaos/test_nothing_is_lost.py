@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 
 from buffer.client import HttpTable
-from buffer.codec import content_hash, encode_group
+from buffer.codec import encode_group
 from buffer.connection import ServiceClient
 from buffer.errors import NotFound
 from buffer.table import TableStats
 from buffer.types import Group
 from tests.chaos.clients import DRAWS_PER_VERSION, GROUPS_PER_DRAW, Service, expected_group, journal_of
 from tests.chaos.ruin import SAMPLER, WRITERS, Ruin
+from tests.factories import content_hash
 
 log = logging.getLogger(__name__)
 

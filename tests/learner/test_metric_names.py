@@ -30,6 +30,7 @@ EMITTED_BY_THE_PROCESS = {
     *(f"skipped/{name}_updates_total" for name in SKIPPED.values()),
     "stall/warnings_total",
     "report/lost_total",
+    "request/retries_total",
     *(f"publish/{name}" for name in ("payload_bytes", "background_s", "coalesced_versions_total")),
 }
 """By the loop and the service around an update: tests/services holds the lines of a real learner against the table."""

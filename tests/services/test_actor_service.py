@@ -130,7 +130,7 @@ def test_groups_survive_a_killed_service_and_then_a_killed_actor(
 @pytest.mark.parametrize(
     ("change", "error", "sentence"),
     [
-        ("run.name=other", RunMismatch, "serves run test-run, this actor is set to run other"),
+        ("run.name=other", RunMismatch, "serves run test-run, but run.name is other"),
         ("run.model=nowhere", InvalidSettings, "nowhere is neither a local model directory nor"),
         ("actor.task.name=no_such", InvalidSettings, "'no_such' is neither running_sums nor"),
     ],
@@ -235,5 +235,5 @@ def test_the_command_ends_with_code_2_on_a_wrong_run(model_dir: Path, tmp_path: 
         ended = stalewise("act", *options)
 
     assert ended.returncode == 2
-    assert "this actor is set to run other" in ended.stderr
+    assert "but run.name is other" in ended.stderr
     assert "Traceback" not in ended.stderr

@@ -23,6 +23,7 @@ from buffer.evaluations_client import HttpEvaluations
 from buffer.fingerprint import model_fingerprint
 from buffer.rate_limiter import RateLimiterSettings
 from buffer.table import Wait
+from buffer.wire import LearnerReport
 from learner.collate import collate
 from learner.distributed import ALONE, Ranks
 from learner.run_log import RunLog
@@ -178,7 +179,7 @@ def test_every_tenth_update_logs_the_thresholds_to_choose_from(
     run_log = RunLog(tmp_path, run_name="run", wandb_project=None, updates_done=0)
     client = ServiceClient("http://127.0.0.1:1", settings=NO_RETRY)
     with closing(run_log), closing(client), ThreadPoolExecutor(1) as executor:
-        reporter = ServiceReporter(run_log, client, executor, total_updates=10)
+        reporter = ServiceReporter(run_log, client, executor, total_updates=10, retries=lambda: 0)
         with caplog.at_level(logging.INFO):
             for updates in (9, 10):
                 reporter.update(Progress(updates, updates), metrics, ())
@@ -197,11 +198,11 @@ def test_what_is_counted_between_updates_is_on_the_dashboard_at_once(tmp_path: P
         client = ServiceClient(url, settings=NO_RETRY)
         with closing(run_log), closing(client):
             with ThreadPoolExecutor(1) as executor:
-                reporter = ServiceReporter(run_log, client, executor, total_updates=10)
+                reporter = ServiceReporter(run_log, client, executor, total_updates=10, retries=lambda: 0)
                 reporter.skipped(Progress(3, 3), skipped)
             assert client.stats()["learner"]["metrics"] == skipped
             with ThreadPoolExecutor(1) as executor:
-                reporter = ServiceReporter(run_log, client, executor, total_updates=10)
+                reporter = ServiceReporter(run_log, client, executor, total_updates=10, retries=lambda: 0)
                 reporter.waiting(Progress(3, 3), Wait(who="learner", since_s=9.0, reason="no data"), stalled)
             assert client.stats()["learner"]["metrics"] == stalled
 
@@ -213,13 +214,33 @@ def test_reports_that_a_service_does_not_answer_are_counted_and_never_pile_up(mo
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         client = ServiceClient(url, settings=ClientSettings(read_timeout_s=0.2, retry_budget_s=0.0))
         with closing(run_log), closing(client), ThreadPoolExecutor(1) as executor:
-            reporter = ServiceReporter(run_log, client, executor, total_updates=10)
+            reporter = ServiceReporter(run_log, client, executor, total_updates=10, retries=lambda: 0)
             for updates in range(1, MAX_PENDING_REPORTS + 4):
                 reporter.update(Progress(updates, updates), metrics, ())
 
     lost = [json.loads(line)["report/lost_total"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lost[0] == 0
     assert lost[-1] >= 2
+
+
+def test_reports_that_fail_by_a_defect_are_logged_counted_and_keep_no_place(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(ServiceClient):
+        def post_learner_metrics(self, report: LearnerReport) -> None:
+            raise RuntimeError(f"defect at {report.updates}")
+
+    run_log = RunLog(tmp_path, run_name="run", wandb_project=None, updates_done=0)
+    client = Broken("http://127.0.0.1:1", settings=NO_RETRY)
+    with closing(run_log), closing(client), ThreadPoolExecutor(1) as executor:
+        reporter = ServiceReporter(run_log, client, executor, total_updates=10, retries=lambda: 0)
+        for updates in range(1, MAX_PENDING_REPORTS + 3):
+            reporter.update(Progress(updates, updates), {}, ())
+            executor.submit(lambda: None).result()  # the report has ended
+
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["report/lost_total"] for line in lines] == [*range(MAX_PENDING_REPORTS + 2)]
+    assert f"defect at {MAX_PENDING_REPORTS + 2}" in caplog.text
 
 
 @pytest.mark.timeout(240)
@@ -248,6 +269,7 @@ def test_a_learner_waits_while_its_service_is_away_and_ends_cleanly_on_sigterm(m
             service.restart()
             service.wait_until_ready()
             _wait_for(lambda: num_updates() >= before + 2, process, log_path)
+            assert json.loads(metrics.read_text().splitlines()[-1])["request/retries_total"] >= 1
 
             process.terminate()
             assert process.wait(30) == 0, log_path.read_text()
@@ -328,7 +350,7 @@ def test_a_directory_without_a_model_is_one_sentence(tmp_path: Path) -> None:
 
 def test_another_run_and_another_model_are_refused(model_dir: Path, tmp_path: Path) -> None:
     with serving(make_context(tmp_path / "service")) as url:
-        with pytest.raises(RunMismatch, match=f"serves run {RUN_ID}, this learner is set to run other"):
+        with pytest.raises(RunMismatch, match=f"serves run {RUN_ID}, but run.name is other"):
             run_learner(_config(tmp_path, url, model_dir, "run.name=other"), resume=False)
 
         client = ServiceClient(url, settings=NO_RETRY)

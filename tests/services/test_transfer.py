@@ -11,7 +11,7 @@ import pytest
 
 from buffer.codec import encode_group
 from buffer.connection import ServiceClient
-from buffer.errors import InvalidRecord, InvalidSettings, ServiceUnreachable, StoreUnavailable
+from buffer.errors import InvalidRecord, InvalidSettings, ServiceUnreachable, StalewiseError, StoreUnavailable
 from buffer.memory_table import MemoryTable
 from buffer.rate_limiter import RateLimiterSettings
 from buffer.table import SampleRequest, TableSettings
@@ -68,15 +68,15 @@ def client_of(tmp_path: Path) -> Iterator["Services"]:
 
 
 class BreakingTable(MemoryTable):
-    """A table whose store goes away after the first group was read."""
+    """A table whose store goes away after some groups were read."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_reads: int) -> None:
         super().__init__(TableSettings(), OPEN, RUN_ID)
-        self._reads = 0
+        self._reads_left = num_reads
 
     def get(self, group_id: str) -> Group:
-        self._reads += 1
-        if self._reads > 1:
+        self._reads_left -= 1
+        if self._reads_left < 0:
             raise StoreUnavailable("gone")
         return super().get(group_id)
 
@@ -206,13 +206,16 @@ def test_full_table_is_asked_again_and_given_up_in_the_end(client_of: Services, 
     assert pauses == [1.0] * 5
 
 
-def test_export_that_breaks_off_leaves_no_file(client_of: Services, tmp_path: Path) -> None:
-    table = BreakingTable()
+@pytest.mark.parametrize(("num_reads", "error"), [(0, StoreUnavailable), (1, ServiceUnreachable)])
+def test_export_that_breaks_off_leaves_no_file_and_one_that_cannot_begin_says_why(
+    num_reads: int, error: type[StalewiseError], client_of: Services, tmp_path: Path
+) -> None:
+    table = BreakingTable(num_reads)
     table.advance_version(0)
     table.insert([make_group(f"g{i}") for i in range(3)])
     client = client_of(table)
 
-    with pytest.raises(ServiceUnreachable):
+    with pytest.raises(error):
         export_file(client, tmp_path / "groups.jsonl")
 
     assert list(tmp_path.glob("groups*")) == []

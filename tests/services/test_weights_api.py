@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,64 @@ def test_version_is_never_published_twice_but_a_retry_is_harmless(http: httpx.Cl
     response = http.put("/v1/weights/4", content=other, headers={"Content-Type": JSON})
 
     assert (response.status_code, response.json()["error"]) == (409, "conflict")
+
+
+def cannot_be_opened(path: Path) -> None:
+    path.symlink_to(path)  # not absent: any look at it fails with ELOOP, as one on a sick disk does with EIO
+
+
+def cannot_be_read(path: Path) -> None:
+    path.mkdir()
+
+
+@pytest.mark.parametrize("fails", [cannot_be_opened, cannot_be_read])
+@pytest.mark.parametrize(
+    ("file", "path"),
+    [
+        ("LATEST", "/v1/weights/latest"),
+        ("manifests/4.json", "/v1/weights/latest"),
+        ("manifests/4.json", "/v1/weights/4"),
+        (f"blobs/{NAME}", f"/v1/weights/blobs/{NAME}"),
+    ],
+)
+def test_a_disk_error_is_503_which_clients_retry(
+    file: str, path: str, fails: Callable[[Path], None], http: httpx.Client, tmp_path: Path
+) -> None:
+    publish(http, 4)
+    (tmp_path / "weights" / file).rename(tmp_path / "aside")
+    fails(tmp_path / "weights" / file)
+
+    response = http.get(path)
+
+    assert (response.status_code, response.json()["error"]) == (503, "store_unavailable")
+    assert "the weight store meets a disk error" in response.json()["detail"]
+
+
+def test_slow_uploads_leave_the_service_responsive(http: httpx.Client) -> None:
+    """More of them than worker threads (40), each with a sender that stops in the middle."""
+    sent, goes_on = threading.Semaphore(0), threading.Event()
+
+    def slow_payload() -> Iterator[bytes]:
+        yield PAYLOAD[:1]
+        sent.release()
+        assert goes_on.wait(60)
+        yield PAYLOAD[1:]
+
+    def upload(client: httpx.Client) -> int:
+        return client.put(f"/v1/weights/blobs/{NAME}", content=slow_payload()).status_code
+
+    limits = httpx.Limits(max_connections=100)
+    with (
+        httpx.Client(base_url=http.base_url, limits=limits, timeout=60, trust_env=False) as client,
+        ThreadPoolExecutor(60) as senders,
+    ):
+        uploads = [senders.submit(upload, client) for _ in range(60)]
+        try:
+            assert all(sent.acquire(timeout=30) for _ in uploads)
+            assert http.get("/v1/run", timeout=20).status_code == 200
+        finally:
+            goes_on.set()
+        assert {upload.result() for upload in uploads} == {204}
 
 
 def test_long_polls_wait_without_threads_and_all_see_the_version(http: httpx.Client) -> None:

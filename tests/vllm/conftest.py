@@ -29,11 +29,11 @@ from actor.vllm.server import server_command, server_environment
 from buffer.client import HttpWeightStore
 from buffer.connection import ClientSettings, ServiceClient
 from buffer.types import PolicyVersion, Trajectory
-from buffer.weights.delta import encode
 from buffer.weights.manifest import Manifest, Payload
 from buffer.weights.mirror import Mirror
 from services.address import read_address
 from tests.actor.publishing import publish, wait_until
+from tests.deltas import delta_between
 from tests.factories import RUN_ID, UNTRUNCATED
 
 MAX_MODEL_TOKENS = 128
@@ -107,7 +107,7 @@ class Served:
         """Publish the next version of this parity, reached over the keyframe of a version and a delta from there."""
         proven, version = self.publish(parity=parity), next(v for v in self.versions if v % 2 == parity)
         before, after = (Mirror.open(self.policies.file(v), v) for v in (base.version, version))
-        content = b"".join(encode(before.tensors, after.tensors, base_version=base.version, version=version))
+        content = b"".join(delta_between(before.tensors, after.tensors, base_version=base.version, version=version))
         delta = Payload(
             kind="delta",
             version=version,
