@@ -119,7 +119,7 @@ class LearnerLoop:
         self._mishaps: Counter[str] = Counter()
         self._skipped_in_a_row = 0
         self._published_clock = -1
-        self._owed = False  # a version that should go out, while an earlier one was still on its way
+        self._owed: PolicyVersion | None = None  # what waits for an earlier version that is on its way
         self._coalesced = 0
         self._warned_of_token_rewards = False
         self._saved_updates = -1 if checkpoints.newest() is None else trainer.progress.updates  # restored from it
@@ -169,8 +169,7 @@ class LearnerLoop:
             drawn = self._take()
             if drawn is not None and (admitted := self._admit(drawn)) is not None:
                 return admitted
-            if self._owed:
-                self._publish()
+            self._publish_owed()
             waited_s = self._now() - began_s
             if waited_s >= next_report_s:
                 self._report_wait(waited_s)
@@ -267,16 +266,24 @@ class LearnerLoop:
         return {**self._dropped, **self._mishaps}
 
     def _publish(self) -> None:
-        """Begin to publish the weights at hand. While an earlier version is on its way they wait for the next turn."""
+        """Begin to publish the weights at hand, or as soon as no earlier version is on its way, in place of others."""
         clock = self._trainer.progress.clock
-        self._owed = clock != self._published_clock and not self._publisher.idle
-        self._coalesced += self._owed
-        if clock != self._published_clock and not self._owed:
-            self._publisher.flush()  # raises what became of the version before, while no rank has begun another
-            self._announce(Order.PUBLISH.value)
-            with self._indivisible():
-                begin_version(self._trainer, self._publisher, self._settings, ranks=self._ranks)
-            self._published_clock = clock
+        if clock != self._published_clock:
+            self._coalesced += self._owed not in (None, clock)
+            self._owed = clock
+            self._publish_owed()
+
+    def _publish_owed(self) -> None:
+        """Begin to publish the weights at hand in place of a version that waits, if there is one whose turn it is."""
+        if self._owed is None or not self._publisher.idle:
+            return
+        self._publisher.flush()  # raises what became of the version before, while no rank has begun another
+        self._announce(Order.PUBLISH.value)
+        with self._indivisible():
+            begin_version(self._trainer, self._publisher, self._settings, ranks=self._ranks)
+        clock = self._trainer.progress.clock
+        self._coalesced += self._owed != clock
+        self._owed, self._published_clock = None, clock
 
     def _flush(self) -> None:
         """Wait until nothing is on its way. Raises what became of it."""
@@ -299,7 +306,7 @@ class LearnerLoop:
 
     @contextmanager
     def _indivisible(self) -> Iterator[None]:
-        """Note that an error in this block leaves nothing to save: half an update, or ranks that are gone or in mid-step.
+        """Note that an error in this block leaves nothing to save: half an update, or ranks in mid-step or gone.
 
         One of SKIPPED leaves everything as before.
         """
