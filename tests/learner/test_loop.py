@@ -3,20 +3,18 @@
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from buffer.errors import Conflict, Forbidden, InvalidRequest, InvalidSettings, ServiceUnreachable, StalewiseError
+from buffer.errors import InvalidSettings
 from buffer.memory_table import MemoryTable
 from buffer.rate_limiter import RateLimiterSettings
 from buffer.table import SampleRequest, TableSettings, Wait
 from buffer.trained import TrainedGroup
 from buffer.types import Group, Sample
-from buffer.weights.manifest import Manifest
 from learner.admission import Admission, Refusal
 from learner.checkpoint import Checkpoints
 from learner.loop import LearnerLoop, take_up
@@ -26,7 +24,7 @@ from learner.settings import LearnerSettings
 from learner.step import Progress, Trainer
 from tests.factories import RUN_ID, make_group, make_trajectory
 from tests.learner.builders import VOCAB, as_sample, make_trainer
-from tests.learner.stores import AtOnce, ListedStore, publisher_to
+from tests.learner.stores import AtOnce, ListedStore
 
 
 @dataclass
@@ -299,168 +297,6 @@ def test_without_prefetch_a_batch_is_drawn_when_the_step_before_is_done(model_di
 
     assert [request.learner_version for request in rig.requests] == [0, 1, 2]
     assert len({request.request_id for request in rig.requests}) == 3
-
-
-@pytest.mark.parametrize("told_to_stop", [False, True])
-def test_a_service_that_stays_away_costs_no_work(model_dir: Path, tmp_path: Path, told_to_stop: bool) -> None:
-    rig = LoopRig(model_dir, tmp_path, settings=loop_settings(total_updates=1_000, prefetch_batches=0))
-    rig.table.advance_version(0)
-    rig.insert(make_group("a"), make_group("b"))
-    served = rig.table.sample
-
-    def sample(request: SampleRequest) -> list[Sample]:
-        if request.learner_version < 2:
-            return served(request)
-        if told_to_stop:
-            rig.stop.set()
-        raise ServiceUnreachable("no answer")
-
-    rig.draw = sample  # type: ignore[method-assign]  # the service goes away after two draws
-    if told_to_stop:
-        rig.loop().run()
-    else:
-        with pytest.raises(ServiceUnreachable):
-            rig.loop().run()
-
-    assert rig.checkpoints.newest() == tmp_path / "update-00000002"
-
-
-class _SlowStore(ListedStore):
-    """Holds every blob back until the gate opens."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = threading.Event()
-
-    def put_blob(self, sha256: str, chunks: Iterable[bytes]) -> None:
-        assert self.gate.wait(60)
-        super().put_blob(sha256, chunks)
-
-
-def _coalesced(rig: LoopRig, store: _SlowStore) -> list[float]:
-    """Run to the end; return how many versions had been replaced by newer ones at each update."""
-    rig.table.advance_version(0)
-    rig.insert(make_group("a"), make_group("b"))
-    with ThreadPoolExecutor(1) as executor:
-        rig.publisher = publisher_to(store, run_id=RUN_ID, executor=executor)
-        rig.loop().run()
-    return [metrics["publish/coalesced_versions_total"] for _, metrics in rig.reporter.updates]
-
-
-def test_a_version_that_a_newer_one_replaced_is_counted_once_however_long_the_upload_takes(
-    model_dir: Path, tmp_path: Path
-) -> None:
-    rig, store = LoopRig(model_dir, tmp_path, settings=loop_settings(prefetch_batches=0)), _SlowStore()
-    served, told, empty_answers = rig.draw, rig.reporter.update, iter(range(25))
-
-    def draw(request: SampleRequest) -> list[Sample]:
-        is_empty = request.learner_version == 3 and next(empty_answers, None) is not None
-        return [] if is_empty else served(request)
-
-    def update(progress: Progress, metrics: Mapping[str, float], trained: Sequence[TrainedGroup]) -> None:
-        told(progress, metrics, trained)
-        if progress.updates == 4:
-            store.gate.set()
-
-    rig.draw = draw  # type: ignore[method-assign]  # no data for several looks of the loop
-    rig.reporter.update = update  # type: ignore[method-assign]  # the first upload lasts until the last update
-    counts = _coalesced(rig, store)
-
-    assert sorted(store.manifests) == [0, 4]
-    assert counts == [0, 1, 2, 3]
-
-
-def test_weights_that_go_out_in_place_of_an_older_version_that_was_due_are_counted(
-    model_dir: Path, tmp_path: Path
-) -> None:
-    settings = loop_settings(prefetch_batches=0, publish_every=2)
-    rig, store = LoopRig(model_dir, tmp_path, settings=settings), _SlowStore()
-    served = rig.draw
-
-    def draw(request: SampleRequest) -> list[Sample]:
-        if request.learner_version == 3 and 3 not in store.manifests:
-            store.gate.set()
-            return []
-        return served(request)
-
-    rig.draw = draw  # type: ignore[method-assign]  # no data until version 3 went out
-    counts = _coalesced(rig, store)
-
-    assert sorted(store.manifests) == [0, 3, 4]
-    assert counts == [0, 0, 0, 1]
-
-
-@pytest.mark.parametrize(
-    "error",
-    [InvalidRequest("no group can ever fit"), Forbidden("the role was changed"), StalewiseError("a defect")],
-    ids=lambda error: error.code(),
-)
-def test_a_draw_that_is_refused_costs_no_work(model_dir: Path, tmp_path: Path, error: StalewiseError) -> None:
-    rig = LoopRig(model_dir, tmp_path, settings=loop_settings(total_updates=1_000, prefetch_batches=0))
-    rig.table.advance_version(0)
-    rig.insert(make_group("a"), make_group("b"))
-    served = rig.table.sample
-
-    def sample(request: SampleRequest) -> list[Sample]:
-        if request.learner_version < 2:
-            return served(request)
-        raise error
-
-    rig.draw = sample  # type: ignore[method-assign]  # the service refuses after two draws
-    with pytest.raises(type(error)):
-        rig.loop().run()
-
-    assert rig.checkpoints.newest() == tmp_path / "update-00000002"
-
-
-def test_a_version_that_is_refused_costs_no_work(model_dir: Path, tmp_path: Path) -> None:
-    rig = LoopRig(model_dir, tmp_path, settings=loop_settings(total_updates=1_000))
-    rig.table.advance_version(0)
-    rig.insert(make_group("a"), make_group("b"))
-    published = rig.store.publish
-
-    def publish(manifest: Manifest) -> None:
-        if manifest.version == 2:
-            raise Conflict("somebody else has published it")
-        published(manifest)
-
-    rig.store.publish = publish  # type: ignore[method-assign]  # another learner of the same run
-    with pytest.raises(Conflict):
-        rig.loop().run()
-
-    assert rig.trainer.progress == Progress(3, 3)  # what became of version 2 is heard before 3 is begun
-    assert rig.checkpoints.newest() == tmp_path / "update-00000003"
-
-
-def test_after_an_update_that_failed_half_way_nothing_is_saved_or_published(model_dir: Path, tmp_path: Path) -> None:
-    rig = LoopRig(model_dir, tmp_path, settings=loop_settings())
-    rig.table.advance_version(0)
-    rig.insert(make_group("a"), make_group("b"))
-    step = rig.trainer.optimizer.step
-
-    def fail(*_: object) -> None:
-        if rig.trainer.progress.updates == 2:
-            raise RuntimeError("out of memory")
-        step()
-
-    rig.trainer.optimizer.step = fail  # type: ignore[method-assign,assignment]  # a GPU that is full
-    with pytest.raises(RuntimeError, match="out of memory"):
-        rig.loop().run()
-
-    assert sorted(rig.store.manifests) == [0, 1, 2]
-    assert rig.checkpoints.newest() is None
-
-
-@pytest.mark.timeout(30)
-def test_a_defect_in_a_draw_ends_the_run_instead_of_leaving_it_to_wait(model_dir: Path, tmp_path: Path) -> None:
-    rig = LoopRig(model_dir, tmp_path, settings=loop_settings())
-
-    def defect(request: SampleRequest) -> list[Sample]:
-        raise RuntimeError("a defect")
-
-    rig.draw = defect  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError, match="a defect"):
-        rig.loop().run()
 
 
 def test_a_run_goes_on_above_the_latest_version_and_publishes_at_once(model_dir: Path, tmp_path: Path) -> None:
