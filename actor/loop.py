@@ -72,6 +72,7 @@ class ActorLoop:
         self._away = Backoff(settings.retry_s, jitter)
         self._retry_at_s: float | None = None
         """When to try a service that is away again; None while it answers."""
+        self._problem: type[Exception] | None = None  # that was said
 
     def run(self) -> None:
         """Generate and deliver. Raises what ended the weight sync, and what the engine or the task raise."""
@@ -107,7 +108,7 @@ class ActorLoop:
         if self._retry_at_s is None:
             self._status.enter(Activity.GENERATING)
         else:
-            self._status.enter(Activity.SPOOLING, f"the service is away, {self._spool.num_groups} groups are spooled")
+            self._status.enter(Activity.SPOOLING, f"{self._spool.num_groups} groups wait to be delivered")
         failures_before = self._sync.failures_total
         try:
             groups = self._rollouts.next_batch()
@@ -131,7 +132,7 @@ class ActorLoop:
                 except UNREACHABLE as error:
                     self._note_away(error)
                 else:
-                    self._retry_at_s = None
+                    self._retry_at_s = self._problem = None
                     self._away.reset()
                     if pause_s is None:
                         return
@@ -140,7 +141,7 @@ class ActorLoop:
                 if not groups:
                     return
                 pause_s = self._retry_at_s - self._now()
-                self._status.enter(Activity.WAITING_SERVICE, f"the spool is full: {self._spool.num_bytes} bytes")
+                self._status.enter(Activity.WAITING_SERVICE, self._spool.why_full)
             assert pause_s is not None
             if self._stop.wait(max(pause_s, 0.0)):
                 self._drop(groups, "told to stop")
@@ -186,8 +187,9 @@ class ActorLoop:
             )
 
     def _note_away(self, error: Exception) -> None:
-        if self._retry_at_s is None:
-            log.warning("the service is away, groups go to the spool: %s", error)
+        if self._problem is not type(error):
+            log.warning("nothing can be delivered, groups go to the spool: %s", error)
+        self._problem = type(error)
         self._retry_at_s = self._now() + self._away.next_pause_s()
 
     def _drop(self, groups: Sequence[Group], reason: str) -> None:

@@ -1,7 +1,8 @@
 """Finished groups on disk while the service is away: bounded, in order, safe against kill -9.
 
 {directory}/{number:012d}.group   one encoded group (buffer.codec); the rename that names it is the commit
-{directory}/{number:012d}.refused one that the service refused for good after the outage, kept to be looked at
+{directory}/{number:012d}.refused one that the service refused for good, or that is no group any more: kept outside the
+                                  bound until somebody has looked at it and removes it
 {directory}/lock                  held by the actor that owns the directory
 
 Group ids make resubmission idempotent: a file that was accepted just before a kill is a `duplicate` the next time.
@@ -10,10 +11,12 @@ Group ids make resubmission idempotent: a file that was accepted just before a k
 import fcntl
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from buffer.codec import decode_group, encode_group
+from buffer.disk import sync
 from buffer.errors import InvalidRecord, StalewiseError, StoreUnavailable
 from buffer.types import Group
 
@@ -27,17 +30,19 @@ class SpoolInUse(StalewiseError):
 
 
 class Spool:
-    """A queue of groups in a directory that one actor owns. Raises StoreUnavailable when the disk refuses."""
+    """A queue of groups in a directory that one actor owns.
+
+    Raises StoreUnavailable when the disk refuses, with every group still where it was; `append` says how many it took.
+    """
 
     def __init__(self, directory: Path, *, max_bytes: int) -> None:
         """Take up what a former process left. Raises SpoolInUse when that process still lives."""
         self._directory = directory
         self._max_bytes = max_bytes
-        try:
+        self._refusal: OSError | None = None  # of the disk, at the last append
+        with self._disk_errors("used"):
             directory.mkdir(parents=True, exist_ok=True)
             self._lock = (directory / "lock").open("w")
-        except OSError as error:
-            raise StoreUnavailable(f"the spool {directory} cannot be used: {error}") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -45,11 +50,14 @@ class Spool:
             raise SpoolInUse(
                 f"the spool {directory} belongs to a running actor", hint="give this actor another --actor-id"
             ) from error
-        for partial in directory.glob("*.partial"):
-            partial.unlink()
-        self._sizes = {path: path.stat().st_size for path in sorted(directory.glob("*.group"))}
+        with self._disk_errors("used"):
+            for partial in directory.glob("*.partial"):
+                partial.unlink()
+            self._sizes = {path: path.stat().st_size for path in sorted(directory.glob("*.group"))}
         self._files = list(self._sizes)  # oldest first
         self._next = 1 + max((int(path.stem) for path in directory.glob("*.*")), default=0)
+        if refused := len(list(directory.glob("*.refused"))):
+            log.warning("%d refused groups lie in %s: look at them, and remove them", refused, directory)
 
     def close(self) -> None:
         """Give the directory up."""
@@ -65,30 +73,48 @@ class Spool:
         """Bytes waiting."""
         return sum(self._sizes.values())
 
+    @property
+    def why_full(self) -> str:
+        """Why the last append took less than it was given."""
+        if self._refusal is not None:
+            return f"the spool {self._directory} cannot be written: {self._refusal}"
+        return f"the spool is full: {self.num_bytes} bytes"
+
     def append(self, groups: Sequence[Group]) -> int:
-        """Write groups in order while they fit; return how many are on disk, synced."""
+        """Write groups in order while they fit and the disk takes them; return how many are in the queue, synced.
+
+        A disk that refuses is said once, until it takes groups again.
+        """
         written = 0
         try:
-            for group in groups:
-                encoded = encode_group(group)
-                if self.num_bytes + len(encoded) > self._max_bytes:
-                    break
-                self._write(encoded)
-                written += 1
-            if written:
-                _sync_directory(self._directory)
+            try:
+                for group in groups:
+                    encoded = encode_group(group)
+                    if self.num_bytes + len(encoded) > self._max_bytes:
+                        break
+                    self._write(encoded)
+                    written += 1
+            finally:
+                if written:
+                    sync(self._directory)
         except OSError as error:
-            raise StoreUnavailable(f"the spool {self._directory} cannot be written: {error}") from error
+            if self._refusal is None:
+                log.warning("the spool %s cannot be written, groups wait: %s", self._directory, error)
+            self._refusal = error
+        else:
+            self._refusal = None
         return written
 
     def oldest(self, count: int) -> list[Group]:
-        """Read the oldest groups, without removing them; a file that is none (a broken disk) is set aside."""
+        """Read the oldest groups, without removing them; a file that holds none is set aside."""
         groups: list[Group] = []
         while len(groups) < min(count, len(self._files)):
             path = self._files[len(groups)]
+            with self._disk_errors("read", "repair the disk, or move the file away and start the actor again"):
+                content = path.read_bytes()
             try:
-                groups.append(decode_group(path.read_bytes(), max_bytes=self._sizes[path]))
-            except (OSError, InvalidRecord) as error:
+                groups.append(decode_group(content, max_bytes=self._sizes[path]))
+            except InvalidRecord as error:
                 log.error("set aside %s, which cannot be read: %s", path, error)
                 self._remove(len(groups), refused=True)
         return groups
@@ -98,12 +124,13 @@ class Spool:
         self._remove(0, refused=refused)
 
     def _remove(self, index: int, *, refused: bool) -> None:
-        path = self._files.pop(index)
-        del self._sizes[path]
-        if refused:
-            path.rename(path.with_suffix(".refused"))
-        else:
-            path.unlink()
+        path = self._files[index]
+        with self._disk_errors("changed"):
+            if refused:
+                path.rename(path.with_suffix(".refused"))
+            else:
+                path.unlink()
+        del self._files[index], self._sizes[path]
 
     def _write(self, encoded: bytes) -> None:
         path = self._directory / f"{self._next:012d}.group"
@@ -117,10 +144,9 @@ class Spool:
         self._files.append(path)
         self._sizes[path] = len(encoded)
 
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    @contextmanager
+    def _disk_errors(self, done: str, hint: str = "check the disk") -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StoreUnavailable(f"the spool {self._directory} cannot be {done}: {error}", hint=hint) from error

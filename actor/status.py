@@ -23,7 +23,7 @@ class Activity(StrEnum):
     EVALUATING = "evaluating"
     WAITING_ADMISSION = "waiting_admission"
     WAITING_SERVICE = "waiting_service"
-    """The service is away and the spool is full."""
+    """The service is away and the spool is full, or the disk refuses to take more."""
     WAITING_WEIGHTS = "waiting_weights"
     QUARANTINED = "quarantined"
 

@@ -29,8 +29,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from buffer.disk import sync
 from buffer.errors import RunMismatch
-from learner.disk import sync
 from learner.distributed import ALONE, Ranks
 from learner.errors import CorruptCheckpoint
 from learner.step import Progress, Trainer

@@ -12,12 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from pydantic import ValidationError
-
-from buffer.errors import CorruptWeights, NotFound, ServiceUnreachable, StoreUnavailable
-from buffer.evaluations import Evaluation, Evaluations, best_version
+from buffer.errors import ServiceUnreachable, StalewiseError, StoreUnavailable
+from buffer.evaluations import Evaluation, EvaluationBoard, Evaluations, best_version
 from buffer.types import PolicyVersion
 from learner.kept import KeptVersion
+from learner.lines import append_lines, read_lines
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +44,10 @@ class EvaluationWatch:
         self._not_kept: PolicyVersion | None = None  # the version that could not be kept, which was said
         self._stop = stop
         self._left = threading.Event()
-        self._results = _read(path)
+        self._not_taken = ""  # why the last look came to nothing, which was said
+        self._results = {
+            evaluation.version: evaluation for evaluation in read_lines(path, Evaluation.model_validate_json)
+        }
         self._thread = threading.Thread(target=self._run, name="evaluations", daemon=True)
 
     def __enter__(self) -> Self:
@@ -66,18 +68,29 @@ class EvaluationWatch:
                 return
 
     def look(self) -> None:
-        """Write down what is new, keep the best version, and stop the run if nothing better came for long enough."""
+        """Write down what is new, keep the best version, and stop the run if nothing better came for long enough.
+
+        What fails is said once, and tried again at the next look: results wait on the board.
+        """
         try:
-            board = self._evaluations.read()
+            self._take(self._evaluations.read())
+            self._not_taken = ""
         except (ServiceUnreachable, StoreUnavailable):
-            return  # the loop says so; results wait on the board
-        new = [evaluation for evaluation in board.results if evaluation.version not in self._results]
-        if new:
-            self._results |= {evaluation.version: evaluation for evaluation in new}
-            _append(self._path, new)
-            self._judge()
+            return  # the loop says so
+        except (StalewiseError, OSError) as error:
+            if str(error) != self._not_taken:
+                log.warning("evaluations are not written down yet: %s", error)
+                self._not_taken = str(error)
         if self._best_weights is not None and self._results:
             self._keep_best(self._best_weights)
+
+    def _take(self, board: EvaluationBoard) -> None:
+        """Write down what is new, and judge the run by it."""
+        new = [evaluation for evaluation in board.results if evaluation.version not in self._results]
+        if new:
+            _append(self._path, new)
+            self._results |= {evaluation.version: evaluation for evaluation in new}
+            self._judge()
 
     def _keep_best(self, weights: KeptVersion) -> None:
         """Keep the best version; what fails is tried again at the next look."""
@@ -85,7 +98,7 @@ class EvaluationWatch:
         assert best is not None
         try:
             weights.keep(best, self._results[best])
-        except (NotFound, CorruptWeights, ServiceUnreachable, StoreUnavailable, OSError) as error:
+        except (StalewiseError, OSError) as error:
             if best != self._not_kept:
                 log.warning("version %d, the best one, is not kept yet: %s", best, error)
                 self._not_kept = best
@@ -110,25 +123,8 @@ class EvaluationWatch:
             self._stop.set()
 
 
-def _read(path: Path) -> dict[PolicyVersion, Evaluation]:
-    """Return what was written before; a line that a crash cut off is fetched and written again."""
-    results = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            evaluation = Evaluation.model_validate_json(line)
-        except ValidationError:
-            log.warning("%s has a broken line, left as it is: %.60s", path, line)
-            continue
-        results[evaluation.version] = evaluation
-    return results
-
-
 def _append(path: Path, evaluations: list[Evaluation]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        file.seek(max(0, file.tell() - 1))
-        if file.read() not in (b"", b"\n"):
-            file.write(b"\n")  # after a line that was cut off
+    with append_lines(path) as file:
         for evaluation in evaluations:
             file.write(evaluation.model_dump_json().encode() + b"\n")
         file.flush()

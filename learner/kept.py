@@ -12,12 +12,12 @@ import os
 import shutil
 from pathlib import Path
 
+from buffer.disk import sync
 from buffer.evaluations import Evaluation
 from buffer.types import PolicyVersion
 from buffer.weights.follower import Follower
 from buffer.weights.manifest import Manifest
 from buffer.weights.store import WeightStore
-from learner.disk import sync
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,8 @@ With several ranks the first one runs it, and announces to the others what they 
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, cast
@@ -118,18 +119,19 @@ class LearnerLoop:
         self._mishaps: Counter[str] = Counter()
         self._skipped_in_a_row = 0
         self._published_clock = -1
-        self._owed = False  # a version that should go out, while an earlier one was still on its way
+        self._owed: PolicyVersion | None = None  # what waits for an earlier version that is on its way
         self._coalesced = 0
         self._warned_of_token_rewards = False
         self._saved_updates = -1 if checkpoints.newest() is None else trainer.progress.updates  # restored from it
         self._report_s = 0.0
+        self._in_the_middle = False
 
     def run(self) -> None:
         """Publish the weights at hand, train, and leave with everything published and saved.
 
         Raises what sampling, an update or publishing raises. A checkpoint goes before the end where the weights are
-        good: when the service stays away, or too many updates were skipped. After a failed update nothing is
-        published or saved.
+        good: whatever drawing, reporting or sending met, and when too many updates were skipped. After an update, a
+        snapshot or a checkpoint that failed, or when a rank is gone, nothing is published or saved.
         """
         _warn_of_priorities(self._settings)
         try:
@@ -138,11 +140,12 @@ class LearnerLoop:
             self._flush()
             self._publish()
             self._flush()
-        except (ServiceUnreachable, StoreUnavailable, TooManySkips):
-            self._save()  # the weights are good: what came between must not cost the work since the last one
+        except Exception:
+            if not self._in_the_middle:
+                self._save()  # the weights are good: what came between must not cost the work since the last one
             raise
         self._save()
-        self._ranks.from_first(Order.END.value)
+        self._announce(Order.END.value)
 
     def _train(self) -> None:
         with self._prefetcher:
@@ -162,12 +165,11 @@ class LearnerLoop:
         """
         next_report_s = SILENT_WAIT_S
         while not self._stop.is_set():
-            self._ranks.from_first(Order.WAIT.value)
+            self._announce(Order.WAIT.value)
             drawn = self._take()
             if drawn is not None and (admitted := self._admit(drawn)) is not None:
                 return admitted
-            if self._owed:
-                self._publish()
+            self._publish_owed()
             waited_s = self._now() - began_s
             if waited_s >= next_report_s:
                 self._report_wait(waited_s)
@@ -205,9 +207,10 @@ class LearnerLoop:
 
     def _update(self, draw: Draw, *, waited_s: float) -> None:
         self._warn_of_token_rewards(draw)
-        self._ranks.from_first(draw.batch)
+        self._announce(draw.batch)
         try:
-            metrics = self._trainer.update(draw.batch)
+            with self._indivisible():
+                metrics = self._trainer.update(draw.batch)
         except tuple(SKIPPED) as error:
             self._skip(error)
             return
@@ -263,28 +266,57 @@ class LearnerLoop:
         return {**self._dropped, **self._mishaps}
 
     def _publish(self) -> None:
-        """Begin to publish the weights at hand. While an earlier version is on its way they wait for the next turn."""
+        """Begin to publish the weights at hand, or as soon as no earlier version is on its way, in place of others."""
         clock = self._trainer.progress.clock
-        self._owed = clock != self._published_clock and not self._publisher.idle
-        self._coalesced += self._owed
-        if clock != self._published_clock and not self._owed:
-            self._publisher.flush()  # raises what became of the version before, while no rank has begun another
-            self._ranks.from_first(Order.PUBLISH.value)
+        if clock != self._published_clock:
+            self._coalesced += self._owed not in (None, clock)
+            self._owed = clock
+            self._publish_owed()
+
+    def _publish_owed(self) -> None:
+        """Begin to publish the weights at hand in place of a version that waits, if there is one whose turn it is."""
+        if self._owed is None or not self._publisher.idle:
+            return
+        self._publisher.flush()  # raises what became of the version before, while no rank has begun another
+        self._announce(Order.PUBLISH.value)
+        with self._indivisible():
             begin_version(self._trainer, self._publisher, self._settings, ranks=self._ranks)
-            self._published_clock = clock
+        clock = self._trainer.progress.clock
+        self._coalesced += self._owed != clock
+        self._owed, self._published_clock = None, clock
 
     def _flush(self) -> None:
         """Wait until nothing is on its way. Raises what became of it."""
         while not self._publisher.settled(POLL_S):
-            self._ranks.from_first(Order.WAIT.value)
+            self._announce(Order.WAIT.value)
         self._publisher.flush()
 
     def _save(self) -> None:
         updates = self._trainer.progress.updates
         if updates != self._saved_updates:
-            self._ranks.from_first(Order.SAVE.value)
-            log.info("checkpoint %s", self._checkpoints.save(self._trainer))
+            self._announce(Order.SAVE.value)
+            with self._indivisible():
+                log.info("checkpoint %s", self._checkpoints.save(self._trainer))
             self._saved_updates = updates
+
+    def _announce(self, what: object) -> None:
+        """Tell the other ranks what is next. Raises what torch does when one of them is gone."""
+        with self._indivisible():
+            self._ranks.from_first(what)
+
+    @contextmanager
+    def _indivisible(self) -> Iterator[None]:
+        """Note that an error in this block leaves nothing to save: half an update, or ranks in mid-step or gone.
+
+        One of SKIPPED leaves everything as before.
+        """
+        self._in_the_middle = True
+        try:
+            yield
+        except tuple(SKIPPED):
+            self._in_the_middle = False
+            raise
+        self._in_the_middle = False
 
 
 def _warn_of_priorities(settings: LearnerSettings) -> None:

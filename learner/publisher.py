@@ -22,7 +22,7 @@ from typing import IO, Annotated, cast
 
 from pydantic import Field
 
-from buffer.errors import Conflict, StalewiseError, StoreUnavailable
+from buffer.errors import StalewiseError, StoreUnavailable
 from buffer.types import PolicyVersion, Record
 from buffer.weights.delta import TensorChange, write_delta
 from buffer.weights.manifest import Manifest, Payload
@@ -150,7 +150,7 @@ class Publisher:
             probe=snapshot.probe,
             adapter=snapshot.adapter,
         )
-        self._commit(manifest)
+        self._store.publish(manifest)
         self._published, self._ways = version, ways
         payload_bytes = sum(step.size_bytes for step in steps)
         self.sent = Sent(version=version, payload_bytes=payload_bytes, seconds=time.perf_counter() - began_s)
@@ -208,15 +208,6 @@ class Publisher:
                 "size_bytes": size,
             }
         )
-
-    def _commit(self, manifest: Manifest) -> None:
-        try:
-            self._store.publish(manifest)
-        except Conflict:  # a retry whose first answer was lost
-            if self.latest_version() != manifest.version:
-                raise
-            if self._store.manifest(manifest.version).model_dump_json() != manifest.model_dump_json():
-                raise
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from buffer.errors import InvalidSettings
+from learner.lines import append_lines
 from learner.step import Progress
 
 _QUEUED_SCALARS = 4096
@@ -20,8 +21,7 @@ class RunLog:
 
     def __init__(self, directory: Path, *, run_name: str, wandb_project: str | None, updates_done: int) -> None:
         self._wandb = None if wandb_project is None else _start_wandb(wandb_project, run_name)
-        directory.mkdir(parents=True, exist_ok=True)
-        self._lines = (directory / "metrics.jsonl").open("a", encoding="utf-8")
+        self._lines = append_lines(directory / "metrics.jsonl")
         self._tensorboard = SummaryWriter(
             str(directory / "tensorboard"), purge_step=updates_done + 1, max_queue=_QUEUED_SCALARS
         )
@@ -29,7 +29,7 @@ class RunLog:
     def write(self, progress: Progress, metrics: Mapping[str, float]) -> None:
         """Record one update; a line is on its way to the disk when this returns."""
         line = {"updates": progress.updates, "version": progress.clock, **metrics}
-        self._lines.write(json.dumps(line) + "\n")
+        self._lines.write(json.dumps(line).encode() + b"\n")
         self._lines.flush()
         for name, value in metrics.items():
             self._tensorboard.add_scalar(name, value, progress.updates)

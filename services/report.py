@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from rich.table import Table
 
 from buffer.errors import StalewiseError
+from learner.lines import read_lines
 from services.progress import Snapshot
 
 
@@ -49,12 +50,11 @@ class Summary(BaseModel):
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """Read the learner's metrics.jsonl, one record an update: the last one where a resumed run did an update again.
 
-    Raises NothingTrained when it has no update.
+    A line that a crash cut off is left out. Raises NothingTrained when there is no update.
     """
-    lines = path.read_text().splitlines() if path.is_file() else []
-    if not lines:
+    by_update: dict[float, dict[str, float]] = {record["updates"]: record for record in read_lines(path, json.loads)}
+    if not by_update:
         raise NothingTrained(f"{path} has no update", hint="see the logs beside it")
-    by_update = {record["updates"]: record for record in map(json.loads, lines)}
     return [by_update[update] for update in sorted(by_update)]
 
 

@@ -62,12 +62,14 @@ class AdapterVersions:
         """Take note that the requests ended."""
         if adapter is not None:
             self._in_use[adapter] -= 1
+            if not self._in_use[adapter]:
+                del self._in_use[adapter]
 
     def switch(self, adapter: LoadedAdapter) -> list[LoadedAdapter]:
         """Draw new requests under a newer version; return those that nobody uses any more."""
         self.current = adapter
         self._loaded.append(adapter)
-        retired = [old for old in self._loaded if old != adapter and not self._in_use.get(old)]
+        retired = [old for old in self._loaded if old != adapter and old not in self._in_use]
         self._loaded = [held for held in self._loaded if held not in retired]
         return retired
 

@@ -21,6 +21,7 @@ from typing import BinaryIO
 
 from pydantic import ValidationError
 
+from buffer.disk import sync
 from buffer.errors import NotFound, StoreUnavailable
 from buffer.types import PolicyVersion
 from buffer.weights.manifest import Manifest, Payload
@@ -256,11 +257,7 @@ def _commit(file: BinaryIO, path: Path) -> None:
     file.flush()
     os.fsync(file.fileno())
     Path(file.name).replace(path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)
 
 
 @contextmanager

@@ -139,6 +139,7 @@ class Actor:
             main.join(30.0)
             self.sync.join(30.0)
             spool.close()
+            assert not main.is_alive()
 
     @property
     def state(self) -> str:

@@ -10,6 +10,7 @@ import pytest
 
 from actor.spool import Spool, SpoolInUse
 from buffer.codec import encode_group
+from buffer.errors import StoreUnavailable
 from tests.factories import make_group
 
 OpenSpool = Callable[..., Spool]
@@ -99,7 +100,9 @@ def test_half_written_and_unreadable_files_do_not_stop_the_rest(tmp_path: Path, 
     assert (tmp_path / "000000000001.refused").read_bytes() == b"rotten"
 
 
-def test_a_refused_group_is_set_aside(tmp_path: Path, open_spool: OpenSpool) -> None:
+def test_a_refused_group_is_set_aside_and_told_of_at_the_next_start(
+    tmp_path: Path, open_spool: OpenSpool, caplog: pytest.LogCaptureFixture
+) -> None:
     spool = open_spool()
     spool.append([make_group("g0")])
 
@@ -107,6 +110,38 @@ def test_a_refused_group_is_set_aside(tmp_path: Path, open_spool: OpenSpool) -> 
 
     assert spool.num_groups == spool.num_bytes == 0
     assert len(list(tmp_path.glob("*.refused"))) == 1
+    assert caplog.text == ""
+    spool.close()
+    open_spool()
+    assert f"1 refused groups lie in {tmp_path}" in caplog.text
+
+
+def test_a_disk_that_fails_for_a_while_costs_no_group(
+    tmp_path: Path, open_spool: OpenSpool, caplog: pytest.LogCaptureFixture
+) -> None:
+    spool = open_spool()
+    obstacle = tmp_path / "000000000002.partial"
+    obstacle.mkdir()
+
+    assert spool.append([make_group("g0"), make_group("g1"), make_group("g2")]) == 1
+    assert spool.append([make_group("g1"), make_group("g2")]) == 0
+    assert "cannot be written" in spool.why_full
+    obstacle.rmdir()
+    assert spool.append([make_group("g1"), make_group("g2")]) == 2
+    assert caplog.text.count("groups wait") == 1
+
+    first, kept = tmp_path / "000000000001.group", tmp_path / "kept"
+    first.rename(kept)
+    first.mkdir()  # neither read nor removed as a file
+    with pytest.raises(StoreUnavailable, match=r"cannot be read: .*move the file away"):
+        spool.oldest(2)
+    with pytest.raises(StoreUnavailable, match="cannot be changed"):
+        spool.pop()
+    first.rmdir()
+    kept.rename(first)
+    assert ids(spool) == ["g0", "g1", "g2"]
+    spool.pop()
+    assert ids(spool) == ["g1", "g2"]
 
 
 def test_two_actors_cannot_share_a_spool(open_spool: OpenSpool) -> None:

@@ -29,6 +29,9 @@ class ListedStore:
         self.events.append(f"blob {sha256}")
 
     def publish(self, manifest: Manifest) -> None:
+        latest = self.latest()
+        if latest is not None and manifest.model_dump_json() == latest.model_dump_json():
+            return
         if manifest.version <= max(self.manifests, default=-1):
             raise Conflict(f"version {manifest.version} is not above the latest one")
         if any(payload.sha256 not in self.blobs for payload in manifest.payloads):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from buffer.errors import InvalidSettings, ServiceUnreachable
+from buffer.errors import InvalidSettings
 from buffer.memory_table import MemoryTable
 from buffer.rate_limiter import RateLimiterSettings
 from buffer.table import SampleRequest, TableSettings, Wait
@@ -297,42 +297,6 @@ def test_without_prefetch_a_batch_is_drawn_when_the_step_before_is_done(model_di
 
     assert [request.learner_version for request in rig.requests] == [0, 1, 2]
     assert len({request.request_id for request in rig.requests}) == 3
-
-
-@pytest.mark.parametrize("told_to_stop", [False, True])
-def test_a_service_that_stays_away_costs_no_work(model_dir: Path, tmp_path: Path, told_to_stop: bool) -> None:
-    rig = LoopRig(model_dir, tmp_path, settings=loop_settings(total_updates=1_000, prefetch_batches=0))
-    rig.table.advance_version(0)
-    rig.insert(make_group("a"), make_group("b"))
-    served = rig.table.sample
-
-    def sample(request: SampleRequest) -> list[Sample]:
-        if request.learner_version < 2:
-            return served(request)
-        if told_to_stop:
-            rig.stop.set()
-        raise ServiceUnreachable("no answer")
-
-    rig.draw = sample  # type: ignore[method-assign]  # the service goes away after two draws
-    if told_to_stop:
-        rig.loop().run()
-    else:
-        with pytest.raises(ServiceUnreachable):
-            rig.loop().run()
-
-    assert rig.checkpoints.newest() == tmp_path / "update-00000002"
-
-
-@pytest.mark.timeout(30)
-def test_a_defect_in_a_draw_ends_the_run_instead_of_leaving_it_to_wait(model_dir: Path, tmp_path: Path) -> None:
-    rig = LoopRig(model_dir, tmp_path, settings=loop_settings())
-
-    def defect(request: SampleRequest) -> list[Sample]:
-        raise RuntimeError("a defect")
-
-    rig.draw = defect  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError, match="a defect"):
-        rig.loop().run()
 
 
 def test_a_run_goes_on_above_the_latest_version_and_publishes_at_once(model_dir: Path, tmp_path: Path) -> None:

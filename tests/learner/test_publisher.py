@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from buffer.errors import Conflict, StoreUnavailable
-from buffer.weights.manifest import Manifest, Probe
+from buffer.weights.manifest import Probe
 from buffer.weights.mirror import Mirror
 from buffer.weights.plan import cheapest_path
 from learner.attention import packed_attention
@@ -178,17 +178,11 @@ def test_a_delta_that_saves_nothing_is_a_keyframe(model_dir: Path) -> None:
     assert [payload.kind for payload in store.manifest(1).payloads] == ["keyframe"]
 
 
-def test_a_lost_answer_is_no_conflict_but_a_foreign_version_is(model_dir: Path) -> None:
-    class Forgetful(ListedStore):
-        def publish(self, manifest: Manifest) -> None:
-            super().publish(manifest)
-            raise Conflict("the answer to the first attempt was lost")
-
-    store, policy = Forgetful(), make_policy(model_dir)
-    publisher = publisher_to(store)
-
-    publisher.begin(_snapshot(policy), version=3)
-    publisher.flush()
+def test_a_version_that_somebody_else_published_is_a_conflict(model_dir: Path) -> None:
+    store, policy = ListedStore(), make_policy(model_dir)
+    first = publisher_to(store)
+    first.begin(_snapshot(policy), version=3)
+    first.flush()
 
     other = publisher_to(store)
     other.begin(_snapshot(policy, "float32"), version=3)

@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 from buffer.errors import InvalidSettings
 from learner.run_log import RunLog
 from learner.step import Progress
+from services.report import NothingTrained, read_metrics
 
 
 def test_a_resumed_run_appends_and_tensorboard_forgets_the_updates_done_again(tmp_path: Path) -> None:
@@ -26,6 +27,26 @@ def test_a_resumed_run_appends_and_tensorboard_forgets_the_updates_done_again(tm
     events.Reload()
     scalars = [(event.step, round(event.value, 3)) for event in events.Scalars("reward/mean")]
     assert scalars == [(1, 0.1), (2, 0.7), (3, 0.8)]
+
+
+def test_a_line_that_a_crash_cut_off_costs_neither_the_next_one_nor_the_report(tmp_path: Path) -> None:
+    for update in (1, 2):
+        log = RunLog(tmp_path, run_name="run", wandb_project=None, updates_done=update - 1)
+        log.write(Progress(updates=update, clock=update), {"reward/mean": 0.5})
+        log.close()
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write('{"updates": 9, "rew')  # the learner was killed here
+
+    records = read_metrics(tmp_path / "metrics.jsonl")
+
+    assert [record["updates"] for record in records] == [1, 2]
+
+
+def test_a_run_log_with_half_a_line_alone_has_no_update(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"updates": 1, "rew')
+
+    with pytest.raises(NothingTrained, match="has no update"):
+        read_metrics(tmp_path / "metrics.jsonl")
 
 
 def test_weights_and_biases_that_is_not_installed_is_one_sentence(
