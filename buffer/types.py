@@ -106,6 +106,7 @@ class Trajectory(Record):
     sampling: SamplingSettings
     reward: Annotated[FiniteFloat, Field(ge=-MAX_REWARD, le=MAX_REWARD)]
     finish_reason: Annotated[FinishReason, Field(strict=False)]
+    """Why the response ended; our learner trains on all alike, so leave out what was broken off."""
     token_rewards: Float32Array | None = None
     """[T] float32, optional per-token rewards, finite."""
     episode_id: Identifier | None = None
@@ -119,7 +120,7 @@ class Trajectory(Record):
     """Optional: the distribution that each token was drawn from, in nats under `sampling`, in line with
     `kept_token_ids`; without these [T * V], row after row over the whole vocabulary, 0 where the mask is 0."""
     columns: Annotated[dict[Identifier, Float32Array], Field(max_length=MAX_COLUMNS)] = {}
-    """Declared extra columns, [T] float32 each, finite."""
+    """Extra columns, [T] float32 each, finite: stored and handed out; our learner reads none of them."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

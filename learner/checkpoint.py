@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from buffer.disk import sync
-from buffer.errors import RunMismatch
+from buffer.errors import InvalidSettings, RunMismatch
 from learner.distributed import ALONE, Ranks
 from learner.errors import CorruptCheckpoint
 from learner.step import Progress, Trainer
@@ -108,10 +108,17 @@ class Checkpoints:
         """Make `trainer` what it was. Raises CorruptCheckpoint, RunMismatch (another model), InvalidSettings."""
         try:
             state = _State.model_validate_json((checkpoint / "state.json").read_bytes())
-        except (OSError, ValidationError) as error:
-            raise _unreadable(
-                checkpoint, error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-            ) from error
+        except OSError as error:
+            raise _unreadable(checkpoint, error) from error
+        except ValidationError as error:
+            problem = error.errors()[0]
+            if problem["loc"] == ("schema_number",):
+                raise InvalidSettings(
+                    f"{checkpoint} was written by another build: its schema number is {problem['input']!r}, this build "
+                    f"reads {_State.model_fields['schema_number'].default}",
+                    hint="resume with that build, or begin a run from the model directory learner/final or learner/best",
+                ) from error
+            raise _unreadable(checkpoint, problem["msg"]) from error
         if state.model_fingerprint != self._model_fingerprint:
             raise RunMismatch(
                 f"{checkpoint} belongs to another model or tokenizer", hint="resume with the model of the checkpoint"

@@ -148,6 +148,9 @@ class LearnerLoop:
         self._announce(Order.END.value)
 
     def _train(self) -> None:
+        if self._done():  # a finished run that is started again takes no groups
+            log.info("all %d updates of learner.total_updates were made before", self._settings.total_updates)
+            return
         with self._prefetcher:
             began_s = self._now()
             while not self._done() and (draw := self._next_batch(began_s)) is not None:

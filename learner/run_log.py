@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ class RunLog:
     """Writes each update's metrics; a resumed run appends, and its JSON lines repeat the updates that it does again."""
 
     def __init__(self, directory: Path, *, run_name: str, wandb_project: str | None, updates_done: int) -> None:
-        self._wandb = None if wandb_project is None else _start_wandb(wandb_project, run_name)
+        self._wandb = None if wandb_project is None else _start_wandb(wandb_project, run_name, directory)
         self._lines = append_lines(directory / "metrics.jsonl")
         self._tensorboard = SummaryWriter(
             str(directory / "tensorboard"), purge_step=updates_done + 1, max_queue=_QUEUED_SCALARS
@@ -44,7 +45,7 @@ class RunLog:
             self._wandb.finish()
 
 
-def _start_wandb(project: str, run_name: str) -> Any:
+def _start_wandb(project: str, run_name: str, directory: Path) -> Any:
     try:
         wandb = importlib.import_module("wandb")
     except ImportError as error:
@@ -52,4 +53,11 @@ def _start_wandb(project: str, run_name: str) -> Any:
             f"learner.wandb_project={project!r} but wandb is not installed",
             hint="in the clone: pip install '.[wandb]', or leave the setting out",
         ) from error
-    return wandb.init(project=project, name=run_name, id=run_name, resume="allow")
+    return wandb.init(project=project, name=run_name, id=_wandb_id(directory / "wandb-id"), resume="allow")
+
+
+def _wandb_id(path: Path) -> str:
+    """Return the id of the run's own page there, made once: names are given twice, and may hold what ids must not."""
+    if not path.is_file():
+        path.write_text(secrets.token_hex(8))
+    return path.read_text()

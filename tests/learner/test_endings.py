@@ -37,6 +37,19 @@ def test_a_service_that_stays_away_costs_no_work(model_dir: Path, tmp_path: Path
     assert rig.checkpoints.newest() == tmp_path / "update-00000002"
 
 
+def test_a_finished_run_that_is_started_again_takes_no_groups(model_dir: Path, tmp_path: Path) -> None:
+    rig = LoopRig(model_dir, tmp_path, settings=loop_settings(total_updates=2, prefetch_batches=1))
+    rig.table.advance_version(0)
+    rig.insert(make_group("a"), make_group("b"))
+    rig.loop().run()
+    drawn = rig.table.stats().sampled_total
+
+    rig.loop().run()
+
+    assert rig.trainer.progress.updates == 2
+    assert rig.table.stats().sampled_total == drawn
+
+
 @pytest.mark.parametrize(
     "error",
     [InvalidRequest("no group can ever fit"), Forbidden("the role was changed"), StalewiseError("a defect")],

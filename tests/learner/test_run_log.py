@@ -1,5 +1,6 @@
 import json
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,25 @@ def test_a_run_log_with_half_a_line_alone_has_no_update(tmp_path: Path) -> None:
 
     with pytest.raises(NothingTrained, match="has no update"):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_a_run_has_a_page_of_its_own_at_weights_and_biases_and_goes_on_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the names of wandb.init alone: the package is no dependency of the tests."""
+    begun: list[dict[str, str]] = []
+    wandb = types.ModuleType("wandb")
+    wandb.init = lambda **settings: begun.append(settings) or types.SimpleNamespace(finish=lambda: None)  # type: ignore[attr-defined,func-returns-value]
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+
+    for directory in ("one", "one", "other"):
+        (tmp_path / directory).mkdir(exist_ok=True)
+        RunLog(tmp_path / directory, run_name="team/run:1", wandb_project="p", updates_done=0).close()
+
+    ids = [settings["id"] for settings in begun]
+    assert ids[0] == ids[1] != ids[2]
+    assert all(name.isalnum() for name in ids)
+    assert {settings["name"] for settings in begun} == {"team/run:1"}
 
 
 def test_weights_and_biases_that_is_not_installed_is_one_sentence(
