@@ -19,10 +19,18 @@ CASES = (("grpo", 1.0), ("trm", 1.0), ("minpro", 1.0), ("stalewise", 1.0), ("grp
 
 def collapses(method: str, grad_clip_norm: float, seed: int) -> bool:
     """Whether hardly an answer (2 %) is right any more in each of the last three batches."""
-    run = Run(task="scratchpad_addition", objective=method, updates=250, lr=1.6e-3, schedule="linear", seed=seed)
+    run = Run(
+        task="scratchpad_addition",
+        objective=method,
+        updates=250,
+        lr=1.6e-3,
+        schedule="linear",
+        seed=seed,
+        grad_clip_norm=grad_clip_norm,
+    )
     rewards: list[float] = []
     with tempfile.TemporaryDirectory() as scratch:
-        simulation = Simulation(run, MODELS, Path(scratch), grad_clip_norm=grad_clip_norm)
+        simulation = Simulation(run, MODELS, Path(scratch))
         for update in range(UPDATES):
             groups = simulation.batch(update)
             rewards.append(fmean(trajectory.reward for group in groups for trajectory in group.trajectories))

@@ -116,7 +116,7 @@ class Checkpoints:
                 raise InvalidSettings(
                     f"{checkpoint} was written by another build: its schema number is {problem['input']!r}, this build "
                     f"reads {_State.model_fields['schema_number'].default}",
-                    hint="resume with that build, or begin a run from the model directory learner/final or learner/best",
+                    hint="resume with that build, or begin a run from the directory learner/final or learner/best",
                 ) from error
             raise _unreadable(checkpoint, problem["msg"]) from error
         if state.model_fingerprint != self._model_fingerprint:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from pydantic import JsonValue
 
-from benchmarks.study.simulation import Run
+from benchmarks.study.simulation import GRAD_CLIP_NORM, Run
 from learner.objectives.recipes import RECIPES
 
 Finals = Callable[[Run], float | None]
@@ -52,6 +52,7 @@ class Cell:
     task: str = "running_sums"
     updates: int = UPDATES
     options: Mapping[str, JsonValue] = field(default_factory=dict)
+    grad_clip_norm: float = GRAD_CLIP_NORM
     learning_rates: Sequence[float] = LEARNING_RATES
     schedules: Sequence[Literal["constant", "linear"]] = SCHEDULES
     tuning_seeds: Sequence[int] = TUNING_SEEDS
@@ -82,6 +83,7 @@ class Cell:
             schedule=schedule,
             warmup_seed=warmup_seed,
             seed=seed,
+            grad_clip_norm=self.grad_clip_norm,
         )
 
     def candidates(self) -> list[Run]:
@@ -103,6 +105,8 @@ class Cell:
 def tuning(cell: Cell, final: Finals) -> tuple[list[Run], Run | None]:
     """Return the tuning runs that can be made now and were not, and the best candidate once there are none."""
     rung, seeds = cell.candidates(), cell.tuning_seeds
+    if len(rung) == len(cell.schedules) == 1:
+        return [], rung[0]  # nothing to choose
     if missing := _missing(rung, seeds[:1], final):
         return missing, None
     while beyond := _beyond(rung, seeds[0], final):
@@ -152,6 +156,7 @@ def cells() -> Iterator[Cell]:
     yield from task_cells()
     yield from other_cells()
     yield from long_cells()
+    yield from clip_cells()
 
 
 def main_cells() -> Iterator[Cell]:
@@ -210,6 +215,35 @@ def long_cells() -> Iterator[Cell]:
     for method in ("stalewise", "grpo"):
         cell = Cell(part="lag 512", method=method, label=method, lag=512, updates=512 + 122, learning_rates=USUAL_RATE)
         yield cell.lean(final_seeds=1)
+
+
+CLIPPED: tuple[tuple[str, int, dict[str, float]], ...] = (
+    ("running_sums", 0, {"grpo": 3.2e-3, "minpro": 3.2e-3, "stalewise": 3.2e-3}),
+    ("sorting", MAX_LAG, {"grpo": 8e-4, "minpro": 4e-4, "stalewise": 8e-4, "trm": 4e-4}),
+    ("scratchpad_addition", MAX_LAG, {"grpo": 8e-4, "minpro": 1.6e-3, "stalewise": 1.6e-3, "trm": 8e-4}),
+    ("scratchpad_addition", 0, {"grpo": 1.6e-3, "minpro": 1.6e-3, "stalewise": 1.6e-3}),
+)
+"""Task, lag, and the rate that each method was tuned to there with the usual clip, linear to 0."""
+
+HARDER_CLIP, NO_CLIP = 0.1, 1e9
+
+
+def clip_cells() -> Iterator[Cell]:
+    """The same rates with another clip: harder for means over tokens, off for `trm`, whose sums the usual one cuts."""
+    for task, lag, rates in CLIPPED:
+        for method, lr in rates.items():
+            cell = Cell(
+                part="clip",
+                method=method,
+                label=method,
+                lag=lag,
+                task=task,
+                grad_clip_norm=NO_CLIP if method == "trm" else HARDER_CLIP,
+                learning_rates=(lr,),
+                schedules=SCHEDULES[:1],
+                warmup_seeds=WARMUP_SEEDS if task == "running_sums" else WARMUP_SEEDS[:1],
+            )
+            yield cell
 
 
 def quick_cells() -> Iterator[Cell]:

@@ -103,9 +103,13 @@ def _outcome(cell: Cell, results: Results) -> Outcome:
 
 
 def _late_dip(curve: Sequence[Point]) -> float:
+    return _deepest_fall(curve, first=max(1, len(curve) // 2))
+
+
+def _deepest_fall(curve: Sequence[Point], *, first: int = 1) -> float:
+    """The largest fall below an earlier evaluation, of the evaluations from the `first` on."""
     accuracies = [accuracy for _, _, accuracy in curve]
-    half = len(accuracies) // 2
-    return max((max(accuracies[:i]) - accuracies[i] for i in range(max(1, half), len(accuracies))), default=0.0)
+    return max((max(accuracies[:i]) - accuracies[i] for i in range(first, len(accuracies))), default=0.0)
 
 
 def _of(outcomes: Sequence[Outcome], **wanted: object) -> list[Outcome]:
@@ -242,10 +246,46 @@ def _tasks(outcomes: Sequence[Outcome]) -> str:
     return _table(["method", *(f"{task}, lag {lag}" for task, lag in conditions)], rows)
 
 
+def _clip(outcomes: Sequence[Outcome]) -> str:
+    """Cells of another clip beside those of the usual one: finals, and the falls of all runs on the way."""
+    rows = []
+    for other in _of(outcomes, part="clip"):
+        cell = other.cell
+        usual = next(
+            o
+            for part in ("main", "tasks")
+            for o in _of(outcomes, part=part, task=cell.task, method=cell.method, lag=cell.lag, reuse=1)
+        )
+        setting = _setting(other.best)
+        assert usual.best is None or _setting(usual.best) == setting, f"{cell.method} is tuned to another rate now"
+        harder = "never" if cell.grad_clip_norm > 1.0 else f"{cell.grad_clip_norm:g}"
+        numbers = [f(o) for f in (lambda o: o.spread, _falls) for o in (usual, other)]
+        rows.append([_label(other), f"{cell.task}, lag {cell.lag}", setting, harder, *numbers])
+    head = [
+        "method",
+        "task",
+        "rate",
+        "clipped at",
+        "final, clipped at 1",
+        "final, so clipped",
+        "falls, at 1",
+        "falls, so",
+    ]
+    return _table(head, rows)
+
+
+def _falls(outcome: Outcome) -> str:
+    """The deepest fall of each run on its way, in points, the deepest first."""
+    return (
+        ", ".join(f"{100 * fall:.0f}" for fall in sorted(map(_deepest_fall, outcome.curves), reverse=True)) or NOT_YET
+    )
+
+
 def _place(outcome: Outcome) -> str:
     cell = outcome.cell
-    task = "" if cell.part != "tasks" else f"{cell.task}, "
-    return f"{_label(outcome)}, {task}{_named((cell.reuse, cell.lag))}"
+    task = f"{cell.task}, " if cell.part in ("tasks", "clip") else ""
+    clip = f", clipped at {cell.grad_clip_norm:g}" if cell.part == "clip" else ""
+    return f"{_label(outcome)}, {task}{_named((cell.reuse, cell.lag))}{clip}"
 
 
 def _failures(outcomes: Sequence[Outcome]) -> str:
@@ -282,6 +322,7 @@ BLOCKS: dict[str, Callable[[Sequence[Outcome]], str]] = {
     "tasks": _tasks,
     "others": _listed("others"),
     "lag 512": _listed("lag 512"),
+    "clip": _clip,
     "failures": _failures,
 }
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.simulation import Result, Run
+from benchmarks.study.simulation import GRAD_CLIP_NORM, Result, Run
 from learner.objectives.recipes import recipe_named
 
 
@@ -17,9 +17,15 @@ def key_of(run: Run) -> str:
 
 
 def _resolved(run: Run) -> dict[str, Any]:
-    """Return the settings with every option of the recipe, for its defaults may change later."""
+    """Return the settings with every option of the recipe, for its defaults may change later.
+
+    The usual clip is left out: most results are older than the setting.
+    """
     options = recipe_named(run.objective).model_validate(dict(run.options)).model_dump(mode="json")
-    return asdict(run) | {"options": options}
+    resolved = asdict(run) | {"options": options}
+    if run.grad_clip_norm == GRAD_CLIP_NORM:
+        del resolved["grad_clip_norm"]
+    return resolved
 
 
 class Results:

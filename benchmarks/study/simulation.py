@@ -67,6 +67,8 @@ class Run:
     schedule: Literal["constant", "linear"]
     warmup_seed: int = 0
     """Which warm-up checkpoint the run starts from."""
+    grad_clip_norm: float = GRAD_CLIP_NORM
+    """Largest norm of a gradient; longer ones are scaled down to it."""
     seed: int
     """Of prompts and draws."""
 
@@ -92,7 +94,7 @@ class Result:
 class Simulation:
     """Actor and learner of one run, in turns."""
 
-    def __init__(self, run: Run, models: Path, scratch: Path, *, grad_clip_norm: float = GRAD_CLIP_NORM) -> None:
+    def __init__(self, run: Run, models: Path, scratch: Path) -> None:
         self.run = run
         self._scratch = scratch
         torch.set_num_threads(1)
@@ -101,7 +103,7 @@ class Simulation:
         self.actor = _actor_settings(self.task)
         model_dir = checkpoint(models, run.task, run.warmup_seed)
         self.engine = TorchEngine(model_dir, seed=run.seed)
-        self.trainer = _trainer(run, model_dir, grad_clip_norm)
+        self.trainer = _trainer(run, model_dir)
         self._rollouts = _rollouts(self.engine, self.task, self.actor, seed=run.seed)
         self.load()
         self._queue = deque(_initial_batches(model_dir, run.task, run.lag, seed=INITIAL_SEED + run.seed))
@@ -198,14 +200,14 @@ def _actor_settings(task: StudyTask) -> ActorSettings:
     return ActorSettings(group_size=GROUP_SIZE, groups_per_batch=GROUPS_PER_UPDATE, max_new_tokens=answer_tokens(task))
 
 
-def _settings(run: Run, grad_clip_norm: float = GRAD_CLIP_NORM) -> LearnerSettings:
+def _settings(run: Run) -> LearnerSettings:
     return LearnerSettings(
         objective=ObjectiveSettings(name=run.objective, options=dict(run.options)),
         optimizer=OptimizerSettings(
             lr=run.lr,
             schedule=run.schedule,
             warmup_updates=min(20, run.updates),
-            grad_clip_norm=grad_clip_norm,
+            grad_clip_norm=run.grad_clip_norm,
         ),
         groups_per_update=GROUPS_PER_UPDATE,
         total_updates=run.updates,
@@ -213,8 +215,8 @@ def _settings(run: Run, grad_clip_norm: float = GRAD_CLIP_NORM) -> LearnerSettin
     )
 
 
-def _trainer(run: Run, model_dir: Path, grad_clip_norm: float) -> Trainer:
-    settings = _settings(run, grad_clip_norm)
+def _trainer(run: Run, model_dir: Path) -> Trainer:
+    settings = _settings(run)
     return Trainer(
         policy=Policy.load(model_dir, device="cpu", micro_batch_tokens=MICRO_BATCH_TOKENS, compute=settings.compute),
         objective=build_objective(run.objective, run.options),

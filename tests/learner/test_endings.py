@@ -8,6 +8,7 @@ from buffer.errors import Conflict, Forbidden, InvalidRequest, ServiceUnreachabl
 from buffer.table import SampleRequest
 from buffer.types import Sample
 from buffer.weights.manifest import Manifest
+from learner.loop import take_up
 from learner.step import Progress
 from tests.factories import make_group
 from tests.learner.test_loop import LoopRig, loop_settings
@@ -44,6 +45,7 @@ def test_a_finished_run_that_is_started_again_takes_no_groups(model_dir: Path, t
     rig.loop().run()
     drawn = rig.table.stats().sampled_total
 
+    take_up(rig.trainer, rig.checkpoints, rig.publisher, resume=True)
     rig.loop().run()
 
     assert rig.trainer.progress.updates == 2
