@@ -17,6 +17,7 @@ import numpy.typing as npt
 from pydantic import JsonValue
 from transformers import PreTrainedTokenizerBase
 
+from actor.end_tokens import eos_token_id
 from actor.settings import TaskSettings
 from buffer.errors import InvalidSettings
 
@@ -224,17 +225,6 @@ def _imported(name: str, tokenizer: PreTrainedTokenizerBase, options: Mapping[st
             hint="docs/tasks.md has an example",
         )
     return task
-
-
-def eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id of the end token. Raises InvalidSettings when the tokenizer has none."""
-    eos_id = tokenizer.eos_token_id
-    if eos_id is None:
-        raise InvalidSettings(
-            "the tokenizer names no end token, so that no response could stop",
-            hint="set eos_token in its tokenizer_config.json",
-        )
-    return int(eos_id)
 
 
 def _single_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int:

@@ -23,10 +23,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from actor.adapters import base_weights, merged
 from actor.decoding import PAD, Decoding
+from actor.end_tokens import end_token_ids
 from actor.engine import Completion, GenerationRequest
 from actor.sampling import draw, sampling_logprobs
-from actor.tasks import eos_token_id
-from actor.tokenizer import load_tokenizer
 from actor.turns import Turns
 from buffer.errors import CorruptWeights, InvalidRequest, InvalidSettings
 from buffer.types import PolicyVersion
@@ -55,7 +54,7 @@ class TorchEngine:
         except (OSError, ValueError) as error:
             raise InvalidSettings(f"{model_dir} does not hold a causal language model: {error}") from error
         self._model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
-        self._eos_id = eos_token_id(load_tokenizer(model_dir))
+        self._end_ids = end_token_ids(model_dir)
         self._vocab_size: int = self._model.get_input_embeddings().num_embeddings
         self.max_tokens: int = config.max_position_embeddings
         """See Engine."""
@@ -84,7 +83,7 @@ class TorchEngine:
             self._check(request)
         decoding = Decoding(
             requests,
-            eos_id=self._eos_id,
+            end_ids=self._end_ids,
             vocab_size=self._vocab_size,
             ship_distributions=self._ship_distributions,
         )

@@ -23,10 +23,9 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 
+from actor.end_tokens import end_token_ids
 from actor.engine import Completion, GenerationRequest
 from actor.settings import VllmSettings
-from actor.tasks import eos_token_id
-from actor.tokenizer import load_tokenizer
 from actor.vllm.adapters import AdapterVersions, LoadedAdapter, max_lora_rank, spans_of
 from actor.vllm.fetching import WeightSource, fetch
 from actor.vllm.plugin import check_version
@@ -83,7 +82,7 @@ class RemoteVllmEngine:
         self._limits = Limits(
             vocab_size=_vocab_size(model_dir),
             max_model_tokens=served["max_model_len"],
-            eos_id=eos_token_id(load_tokenizer(model_dir)),
+            end_ids=end_token_ids(model_dir),
         )
         self._call("POST", "/resume")  # an actor that was killed in mid-load left the server paused
 

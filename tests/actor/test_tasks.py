@@ -118,7 +118,7 @@ def test_reasoning_gym_never_trains_on_a_held_out_question() -> None:
         (TaskSettings(name=":Task"), TEXT, "cannot be imported: Empty module name"),
         (TaskSettings(name="actor.tasks:RunningSums", options={"digits": 4}), TEXT, "unexpected .* 'digits'"),
         (
-            TaskSettings(name="actor.tasks:eos_token_id"),
+            TaskSettings(name="actor.end_tokens:eos_token_id"),
             TEXT,
             "is no task: int lacks one of sample, held_out and reward",
         ),
