@@ -9,7 +9,6 @@ its control routes have no password, so it listens on loopback or in a private n
 """
 
 import asyncio
-import json
 import logging
 import threading
 import time
@@ -25,6 +24,7 @@ import numpy.typing as npt
 
 from actor.end_tokens import end_token_ids
 from actor.engine import Completion, GenerationRequest
+from actor.model_config import load_config, vocab_size
 from actor.settings import VllmSettings
 from actor.vllm.adapters import AdapterVersions, LoadedAdapter, max_lora_rank, spans_of
 from actor.vllm.fetching import WeightSource, fetch
@@ -80,7 +80,7 @@ class RemoteVllmEngine:
         served = self._wait_until_served(settings.start_timeout_s)
         self._check_server()
         self._limits = Limits(
-            vocab_size=_vocab_size(model_dir),
+            vocab_size=vocab_size(load_config(model_dir)),
             max_model_tokens=served["max_model_len"],
             end_ids=end_token_ids(model_dir),
         )
@@ -339,8 +339,3 @@ def _body(token_ids: npt.NDArray[np.int32], params: dict[str, Any], adapter: Loa
 
 def _pairs(reported: list[dict[str, Any]]) -> list[tuple[int, float]]:
     return [(token["token_id"], token["logprob"]) for token in reported]
-
-
-def _vocab_size(model_dir: Path) -> int:
-    size: int = json.loads((model_dir / "config.json").read_text())["vocab_size"]
-    return size
