@@ -137,8 +137,14 @@ class RemoteVllmEngine:
         self._fetched_dir = fetch(self._rpc, manifest, lora_rank=self._lora_rank)
 
     def discard(self) -> None:
-        """Forget what was fetched: the next version comes from a keyframe."""
+        """Forget what was fetched: the next version comes from a keyframe. What is drawn until then has no version."""
+        self._call("POST", "/update_weight_version", {"new_version": NO_VERSION})
         self._rpc("stalewise_discard")
+
+    def notice_loss(self) -> None:
+        """Ask the server what it calls its weights: `version` is -1 once it has lost it. Raises EngineUnreachable."""
+        if not self._call("GET", "/weight_info")["weight_version"].isdecimal():
+            self._version = -1
 
     def load(self, manifest: Manifest) -> None:
         """Put the fetched version into use after the running decode step. Raises CorruptWeights, EngineUnreachable.
