@@ -25,10 +25,15 @@ class Decoding:
     """Responses in the making. All rows are at the same response position, so one list of spans serves them all."""
 
     def __init__(
-        self, requests: Sequence[GenerationRequest], *, eos_id: int, vocab_size: int, ship_distributions: bool
+        self,
+        requests: Sequence[GenerationRequest],
+        *,
+        end_ids: Sequence[int],
+        vocab_size: int,
+        ship_distributions: bool,
     ) -> None:
         self._requests = requests
-        self._eos_id = eos_id
+        self._end_ids = torch.tensor(end_ids)
         self._limits = torch.tensor([request.max_new_tokens for request in requests])  # [R]
         longest = int(self._limits.max())
         self._ids = torch.zeros(len(requests), longest, dtype=torch.long)  # [R, T]
@@ -81,7 +86,7 @@ class Decoding:
         if self._distributions is not None:
             self._distributions.append((self._rows, logprobs))
         self._step += 1
-        ended = (ids == self._eos_id) | (self._limits[self._rows] == self._step)
+        ended = torch.isin(ids, self._end_ids) | (self._limits[self._rows] == self._step)
         ended &= self._lengths[self._rows] == 0
         self._lengths[self._rows[ended]] = self._step
         self.context = torch.cat([self.context, ids[:, None]], 1)
@@ -100,7 +105,7 @@ class Decoding:
         completions = []
         for index, (request, length) in enumerate(zip(self._requests, self._lengths.tolist(), strict=True)):
             kept_ids, kept_counts = kept[index] if request.sampling.truncates else (None, None)
-            ended = FinishReason.STOP if ids[index, length - 1] == self._eos_id else FinishReason.LENGTH
+            ended = FinishReason.STOP if int(ids[index, length - 1]) in self._end_ids else FinishReason.LENGTH
             completions.append(
                 Completion(
                     response_ids=ids[index, :length],

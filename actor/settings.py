@@ -18,6 +18,11 @@ class TaskSettings(Settings):
     `module:class`: installed, or a file in the working directory of the actor. The module's code is run."""
     options: dict[str, JsonValue] = Field(default_factory=dict)
     """Keyword arguments of the task, such as {num_digits = 16} or a reasoning-gym configuration."""
+    chat_template: bool = False
+    """Whether a question goes to the model as a user's turn of the tokenizer's chat template, which instruct models are
+    trained on; false = as it is. For tasks of reasoning-gym: the other ones write their prompts themselves."""
+    system_text: str | None = None
+    """Text of the system turn before the question; null = what the template does without one. With `chat_template`."""
 
 
 class VllmSettings(Settings):

@@ -26,9 +26,11 @@ class Activity(StrEnum):
     """The service is away and the spool is full, or the disk refuses to take more."""
     WAITING_WEIGHTS = "waiting_weights"
     QUARANTINED = "quarantined"
+    FOLLOWING = "following"
+    """Keeping a server at the newest version for agents that draw from it."""
 
 
-_WORKING = frozenset({Activity.GENERATING, Activity.SPOOLING, Activity.EVALUATING})
+_WORKING = frozenset({Activity.GENERATING, Activity.SPOOLING, Activity.EVALUATING, Activity.FOLLOWING})
 
 
 class Status:

@@ -17,6 +17,8 @@ import numpy.typing as npt
 from pydantic import JsonValue
 from transformers import PreTrainedTokenizerBase
 
+from actor.end_tokens import eos_token_id
+from actor.prompting import Prompting, as_chat, as_it_is
 from actor.settings import TaskSettings
 from buffer.errors import InvalidSettings
 
@@ -119,13 +121,20 @@ class RunningSums:
 
 
 class ReasoningGym:
-    """Any task of the reasoning-gym package: its question as text, its verifier's score as reward."""
+    """Any task of the reasoning-gym package: its question by `prompting`, its verifier's score as reward."""
 
     NUM_ITEMS = 100_000
     """Items are made on demand from their index: the first HELD_OUT_PROMPTS are held out, the rest is for training.
     The option `size` sets another number; a few tasks make all items at once, or have fewer."""
 
-    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, JsonValue]) -> None:
+    def __init__(
+        self,
+        name: str,
+        tokenizer: PreTrainedTokenizerBase,
+        options: Mapping[str, JsonValue],
+        *,
+        prompting: Prompting,
+    ) -> None:
         import reasoning_gym  # 2 s and 100 MB that the running sums do not need
         from reasoning_gym.factory import DATASETS
 
@@ -150,6 +159,7 @@ class ReasoningGym:
             )
         self._name = name
         self._tokenizer = tokenizer
+        self._prompting = prompting
         self._prompt(0)  # a tokenizer that cannot express the task is refused here
         self._held_out_questions = frozenset(self._dataset[index]["question"] for index in range(HELD_OUT_PROMPTS))
 
@@ -176,22 +186,32 @@ class ReasoningGym:
     def _prompt(self, index: int) -> Prompt:
         item = self._dataset[index]
         question: str = item["question"]
-        token_ids = self._tokenizer.encode(question, add_special_tokens=False)
-        if self._tokenizer.decode(token_ids) != question:
+        if self._tokenizer.decode(self._tokenizer.encode(question, add_special_tokens=False)) != question:
             raise InvalidSettings(
                 f"the tokenizer cannot express the prompts of reasoning-gym task {self._name}: {question[:60]!r} "
                 "does not survive encoding and decoding",
                 hint="choose a model whose tokenizer covers text",
             )
-        return Prompt(prompt_id=f"{self._name}:{index}", token_ids=np.array(token_ids, np.int32), answer_key=item)
+        token_ids = np.array(self._prompting(question), np.int32)
+        return Prompt(prompt_id=f"{self._name}:{index}", token_ids=token_ids, answer_key=item)
 
 
 def make_task(settings: TaskSettings, tokenizer: PreTrainedTokenizerBase) -> Task:
     """Return the task that the settings name. Raises InvalidSettings with the nearest names."""
+    if settings.system_text is not None and not settings.chat_template:
+        raise InvalidSettings("actor.task.system_text is set without actor.task.chat_template = true, which it needs")
+    if settings.chat_template and (settings.name == "running_sums" or ":" in settings.name):
+        raise InvalidSettings(
+            f"task {settings.name} writes its prompts itself: actor.task.chat_template says nothing to it",
+            hint="leave it out; docs/tasks.md shows how a task of yours uses the template",
+        )
     if ":" in settings.name:
         return _imported(settings.name, tokenizer, settings.options)
     if settings.name != "running_sums":
-        return ReasoningGym(settings.name, tokenizer, settings.options)
+        prompting = (
+            as_chat(tokenizer, system_text=settings.system_text) if settings.chat_template else as_it_is(tokenizer)
+        )
+        return ReasoningGym(settings.name, tokenizer, settings.options, prompting=prompting)
     num_digits = settings.options.get("num_digits", 16)
     if set(settings.options) - {"num_digits"} or type(num_digits) is not int:
         raise InvalidSettings(
@@ -224,17 +244,6 @@ def _imported(name: str, tokenizer: PreTrainedTokenizerBase, options: Mapping[st
             hint="docs/tasks.md has an example",
         )
     return task
-
-
-def eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id of the end token. Raises InvalidSettings when the tokenizer has none."""
-    eos_id = tokenizer.eos_token_id
-    if eos_id is None:
-        raise InvalidSettings(
-            "the tokenizer names no end token, so that no response could stop",
-            hint="set eos_token in its tokenizer_config.json",
-        )
-    return int(eos_id)
 
 
 def _single_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int:

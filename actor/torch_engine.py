@@ -19,16 +19,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from actor.adapters import base_weights, merged
 from actor.decoding import PAD, Decoding
+from actor.end_tokens import end_token_ids
 from actor.engine import Completion, GenerationRequest
+from actor.model_config import load_config, max_positions
 from actor.sampling import draw, sampling_logprobs
-from actor.tasks import eos_token_id
-from actor.tokenizer import load_tokenizer
 from actor.turns import Turns
-from buffer.errors import CorruptWeights, InvalidRequest, InvalidSettings
+from buffer.errors import CorruptWeights, InvalidRequest
 from buffer.types import PolicyVersion
 from buffer.weights.manifest import Adapter
 
@@ -45,19 +45,11 @@ class TorchEngine:
     def __init__(self, model_dir: Path, *, seed: int, ship_distributions: bool = False) -> None:
         """Build the model. Raises InvalidSettings when the directory is none, or its tokenizer has no end token."""
         torch.set_num_threads(1)  # two threads in each of several processes are 10-40 times slower
-        if not (model_dir / "config.json").is_file():
-            raise InvalidSettings(
-                f"{model_dir} is not a model directory: it has no config.json",
-                hint="give the path of a directory written by save_pretrained, or run `stalewise make-model`",
-            )
-        try:
-            config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise InvalidSettings(f"{model_dir} does not hold a causal language model: {error}") from error
+        config = load_config(model_dir)
         self._model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
-        self._eos_id = eos_token_id(load_tokenizer(model_dir))
+        self._end_ids = end_token_ids(model_dir)
         self._vocab_size: int = self._model.get_input_embeddings().num_embeddings
-        self.max_tokens: int = config.max_position_embeddings
+        self.max_tokens = max_positions(config)
         """See Engine."""
         self._weights = _weights_by_names(self._model)
         self._model_dir = model_dir
@@ -84,7 +76,7 @@ class TorchEngine:
             self._check(request)
         decoding = Decoding(
             requests,
-            eos_id=self._eos_id,
+            end_ids=self._end_ids,
             vocab_size=self._vocab_size,
             ship_distributions=self._ship_distributions,
         )

@@ -11,6 +11,8 @@ _FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 def model_fingerprint(model_dir: Path) -> str:
     """Return the sha256 over the names and bytes of config and tokenizer files of a local model directory.
 
+    generation_config.json is not among them: it says where a response stops and not what a token means, the learner
+    does not read it, and every run begun before it counted would be refused as another model's.
     Raises InvalidSettings when the directory is not a model.
     """
     if not (model_dir / "config.json").is_file():

@@ -13,11 +13,13 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from actor.engine import Engine
 from actor.evaluate import Evaluator
+from actor.follow import FollowLoop
 from actor.loop import ActorLoop
 from actor.receiver import FollowingReceiver, Receiver
 from actor.rollout import Rollouts
@@ -36,6 +38,9 @@ from services.model_dir import local_model_dir
 from services.run_check import check_run
 from services.settings import RunConfig, connect
 
+if TYPE_CHECKING:
+    from actor.vllm.remote import RemoteVllmEngine
+
 log = logging.getLogger(__name__)
 
 ABORT_AGAIN_S = 0.05
@@ -44,15 +49,21 @@ THREAD_END_S = 1.0
 """A thread in a long poll is not waited for: it is a daemon and holds nothing that a kill could break."""
 
 
-def run_actor(config: RunConfig, *, actor_id: str | None = None, engine: str | None = None) -> None:
+def run_actor(
+    config: RunConfig, *, actor_id: str | None = None, engine: str | None = None, follow_only: bool = False
+) -> None:
     """Generate until SIGTERM or SIGINT. `engine` overrides actor.engine; without `actor_id` a free one is taken.
+
+    With `follow_only` nothing is generated: a vLLM server is kept at the newest version for agents that draw from it.
 
     Raises InvalidSettings, SpoolInUse, RunMismatch, ServiceUnreachable, and what ends the loop.
     """
     make_engine = _engine_maker(engine or config.actor.engine, config.actor)
+    if follow_only:
+        _check_follows(engine or config.actor.engine, config.actor)
     model_dir = local_model_dir(config.run.model)
     fingerprint = model_fingerprint(model_dir)
-    task = make_task(config.actor.task, load_tokenizer(model_dir))
+    task = None if follow_only else make_task(config.actor.task, load_tokenizer(model_dir))
     with closing(connect(config)) as client:
         check_run(client, config, fingerprint)
     name, directory, spool = _claim(config, actor_id)
@@ -63,9 +74,12 @@ def run_actor(config: RunConfig, *, actor_id: str | None = None, engine: str | N
         log.info("actor %s of run %s, %d groups in the spool", name, config.run.name, spool.num_groups)
         seeds = _seeds(config.run.seed, name, _count_start(directory))
         feed = _Feed(client, config.service.token.get_secret_value() if config.service.token else None, directory)
-        made = make_engine(config.actor, model_dir, int(seeds.generate_state(1)[0]), feed)
         process = _Process(config, name, fingerprint, spool, client, stop)
-        process.run(*made, task, seeds)
+        if task is None:
+            process.follow(_vllm_server(config.actor, model_dir, feed), seeds)
+        else:
+            made = make_engine(config.actor, model_dir, int(seeds.generate_state(1)[0]), feed)
+            process.generate(*made, task, seeds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +93,44 @@ class _Process:
     client: ServiceClient
     stop: threading.Event
 
-    def run(self, engine: Engine, receiver: Receiver, task: Task, seeds: np.random.SeedSequence) -> None:
-        """Run them until `stop` is set or one of them fails."""
+    def generate(self, engine: Engine, receiver: Receiver, task: Task, seeds: np.random.SeedSequence) -> None:
+        """Generate, deliver and evaluate until `stop` is set or a thread fails."""
+        prompt_seed, sync_seed, loop_seed = seeds.spawn(3)
+        rng, settings = np.random.default_rng(prompt_seed), self.config.actor
+
+        def make_loop(sync: WeightSync, status: Status) -> ActorLoop:
+            return ActorLoop(
+                evaluator=self._evaluator(engine, task),
+                rollouts=Rollouts(engine=engine, task=task, settings=settings, run_id=self.config.run.name, rng=rng),
+                inbox=HttpTable(self.client),
+                spool=self.spool,
+                sync=sync,
+                status=status,
+                settings=settings,
+                stop=self.stop,
+                now=time.monotonic,
+                jitter=_jitter(loop_seed),
+            )
+
+        self._run(engine, receiver, _jitter(sync_seed), make_loop)
+
+    def follow(self, server: "RemoteVllmEngine", seeds: np.random.SeedSequence) -> None:
+        """Keep a server at the newest version until `stop` is set or a thread fails."""
+
+        def make_loop(sync: WeightSync, status: Status) -> FollowLoop:
+            return FollowLoop(server=server, sync=sync, status=status, stop=self.stop)
+
+        self._run(server, server, _jitter(seeds), make_loop)
+
+    def _run(
+        self,
+        engine: Engine,
+        receiver: Receiver,
+        jitter: random.Random,
+        make_loop: Callable[[WeightSync, Status], ActorLoop | FollowLoop],
+    ) -> None:
+        """Run a loop beside the weight sync and the heartbeats."""
         settings, status = self.config.actor, Status(time.monotonic)
-        prompt_seed, *jitter_seeds = seeds.spawn(3)
-        jitters = [random.Random(int(seed.generate_state(1)[0])) for seed in jitter_seeds]
         sync = WeightSync(
             store=HttpWeightStore(self.client),
             engine=engine,
@@ -92,7 +139,7 @@ class _Process:
             receiver=receiver,
             settings=settings,
             stop=self.stop,
-            jitter=jitters[0],
+            jitter=jitter,
         )
         pulse = Pulse(
             status=status,
@@ -104,19 +151,7 @@ class _Process:
             stall_s=settings.stall_s,
             stop=self.stop,
         )
-        rng = np.random.default_rng(prompt_seed)
-        loop = ActorLoop(
-            evaluator=self._evaluator(engine, task),
-            rollouts=Rollouts(engine=engine, task=task, settings=settings, run_id=self.config.run.name, rng=rng),
-            inbox=HttpTable(self.client),
-            spool=self.spool,
-            sync=sync,
-            status=status,
-            settings=settings,
-            stop=self.stop,
-            now=time.monotonic,
-            jitter=jitters[1],
-        )
+        loop = make_loop(sync, status)
         sync.start()
         pulse.start()
         ended = threading.Event()
@@ -176,16 +211,22 @@ def _vllm_engine(settings: ActorSettings, model_dir: Path, seed: int, feed: _Fee
 
     if settings.evaluation.every_updates is not None:  # the engine checks actor.sampling
         check_sampling(settings.evaluation.sampling, setting="actor.evaluation.sampling")
-    source = WeightSource(feed.client.url, feed.token, feed.client.settings.ca_file)
     if settings.vllm.url is not None:
-        from actor.vllm.remote import RemoteVllmEngine
-
-        remote = RemoteVllmEngine(model_dir, settings.vllm, sampling=settings.sampling, source=source)
+        remote = _vllm_server(settings, model_dir, feed)
         return remote, remote
     from actor.vllm.engine import VllmEngine
 
+    source = WeightSource(feed.client.url, feed.token, feed.client.settings.ca_file)
     engine = VllmEngine(model_dir, settings.vllm, sampling=settings.sampling, seed=seed, source=source)
     return engine, engine
+
+
+def _vllm_server(settings: ActorSettings, model_dir: Path, feed: _Feed) -> "RemoteVllmEngine":
+    from actor.vllm.fetching import WeightSource
+    from actor.vllm.remote import RemoteVllmEngine
+
+    source = WeightSource(feed.client.url, feed.token, feed.client.settings.ca_file)
+    return RemoteVllmEngine(model_dir, settings.vllm, sampling=settings.sampling, source=source)
 
 
 _Maker = Callable[[ActorSettings, Path, int, _Feed], tuple[Engine, Receiver]]
@@ -203,6 +244,21 @@ def _engine_maker(name: str, settings: ActorSettings) -> _Maker:
             hint="use actor.engine = torch, or leave the setting out: trust regions then use sampled stand-ins",
         )
     return _ENGINES[name]
+
+
+def _check_follows(name: str, settings: ActorSettings) -> None:
+    """Raise InvalidSettings for an engine that agents of one's own could not draw from."""
+    if name != "vllm" or settings.vllm.url is None:
+        raise InvalidSettings(
+            "--follow-only keeps a vLLM server at the newest version, and none is named",
+            hint="set actor.engine = vllm and actor.vllm.url to a server that `stalewise serve-vllm` started",
+        )
+    if settings.vllm.lora_rank:
+        raise InvalidSettings(
+            f"--follow-only does not go with actor.vllm.lora_rank={settings.vllm.lora_rank}: an adapter that a newer"
+            " one replaced would be taken from under the agents' requests",
+            hint="train whole weights, or let `stalewise act` generate",
+        )
 
 
 def _client(config: RunConfig) -> ServiceClient:
@@ -234,6 +290,10 @@ def _count_start(directory: Path) -> int:
     partial.write_text(str(starts + 1))
     partial.replace(path)
     return starts
+
+
+def _jitter(seed: np.random.SeedSequence) -> random.Random:
+    return random.Random(int(seed.generate_state(1)[0]))
 
 
 def _seeds(run_seed: int, actor_id: str, starts: int) -> np.random.SeedSequence:

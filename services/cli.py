@@ -93,12 +93,19 @@ def act(
         str | None, typer.Option("--actor-id", help="Name of this actor; default: the first free HOST-NUMBER.")
     ] = None,
     engine: Annotated[str | None, typer.Option("--engine", help="torch or vllm; overrides actor.engine.")] = None,
+    follow_only: Annotated[
+        bool,
+        typer.Option(
+            "--follow-only",
+            help="Generate nothing: keep the server at actor.vllm.url at the newest version, for agents.",
+        ),
+    ] = False,
 ) -> None:
     """Generate groups with the newest weights and submit them."""
     settings = _load(config, overrides)
     from services.actor_service import run_actor
 
-    run_actor(settings, actor_id=actor_id, engine=engine)
+    run_actor(settings, actor_id=actor_id, engine=engine, follow_only=follow_only)
 
 
 @app.command("serve-vllm")

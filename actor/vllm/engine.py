@@ -22,10 +22,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from actor.end_tokens import end_token_ids
 from actor.engine import Completion, GenerationRequest
 from actor.settings import VllmSettings
-from actor.tasks import eos_token_id
-from actor.tokenizer import load_tokenizer
 from actor.turns import Turns
 from actor.vllm.adapters import AdapterVersions, LoadedAdapter, max_lora_rank, spans_of
 from actor.vllm.fetching import WeightSource, fetch
@@ -65,7 +64,7 @@ class VllmEngine:
         self._limits = Limits(
             vocab_size=self._engine.model_config.get_vocab_size(),
             max_model_tokens=self._engine.model_config.max_model_len,
-            eos_id=eos_token_id(load_tokenizer(model_dir)),
+            end_ids=end_token_ids(model_dir),
         )
         self._version: PolicyVersion = -1
         self.pause_s = 0.0

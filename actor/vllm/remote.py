@@ -9,7 +9,6 @@ its control routes have no password, so it listens on loopback or in a private n
 """
 
 import asyncio
-import json
 import logging
 import threading
 import time
@@ -23,10 +22,10 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 
+from actor.end_tokens import end_token_ids
 from actor.engine import Completion, GenerationRequest
+from actor.model_config import load_config, vocab_size
 from actor.settings import VllmSettings
-from actor.tasks import eos_token_id
-from actor.tokenizer import load_tokenizer
 from actor.vllm.adapters import AdapterVersions, LoadedAdapter, max_lora_rank, spans_of
 from actor.vllm.fetching import WeightSource, fetch
 from actor.vllm.plugin import check_version
@@ -81,9 +80,9 @@ class RemoteVllmEngine:
         served = self._wait_until_served(settings.start_timeout_s)
         self._check_server()
         self._limits = Limits(
-            vocab_size=_vocab_size(model_dir),
+            vocab_size=vocab_size(load_config(model_dir)),
             max_model_tokens=served["max_model_len"],
-            eos_id=eos_token_id(load_tokenizer(model_dir)),
+            end_ids=end_token_ids(model_dir),
         )
         self._call("POST", "/resume")  # an actor that was killed in mid-load left the server paused
 
@@ -138,8 +137,14 @@ class RemoteVllmEngine:
         self._fetched_dir = fetch(self._rpc, manifest, lora_rank=self._lora_rank)
 
     def discard(self) -> None:
-        """Forget what was fetched: the next version comes from a keyframe."""
+        """Forget what was fetched: the next version comes from a keyframe. What is drawn until then has no version."""
+        self._call("POST", "/update_weight_version", {"new_version": NO_VERSION})
         self._rpc("stalewise_discard")
+
+    def notice_loss(self) -> None:
+        """Ask the server what it calls its weights: `version` is -1 once it has lost it. Raises EngineUnreachable."""
+        if not self._call("GET", "/weight_info")["weight_version"].isdecimal():
+            self._version = -1
 
     def load(self, manifest: Manifest) -> None:
         """Put the fetched version into use after the running decode step. Raises CorruptWeights, EngineUnreachable.
@@ -340,8 +345,3 @@ def _body(token_ids: npt.NDArray[np.int32], params: dict[str, Any], adapter: Loa
 
 def _pairs(reported: list[dict[str, Any]]) -> list[tuple[int, float]]:
     return [(token["token_id"], token["logprob"]) for token in reported]
-
-
-def _vocab_size(model_dir: Path) -> int:
-    size: int = json.loads((model_dir / "config.json").read_text())["vocab_size"]
-    return size

@@ -59,10 +59,10 @@ class Kept:
 class Limits:
     """What the served model takes, checked before vLLM, without a tokenizer to ask, would die of it in mid-step."""
 
-    def __init__(self, *, vocab_size: int, max_model_tokens: int, eos_id: int) -> None:
+    def __init__(self, *, vocab_size: int, max_model_tokens: int, end_ids: Sequence[int]) -> None:
         self._vocab_size = vocab_size
         self.max_model_tokens = max_model_tokens
-        self._eos_id = eos_id
+        self._end_ids = end_ids
         self.incomplete_total = 0
         """Responses of which not all kept ids were reported."""
 
@@ -90,7 +90,7 @@ class Limits:
             "top_k": sampling.top_k,
             "min_p": sampling.min_p,
             "max_tokens": request.max_new_tokens,
-            "stop_token_ids": [self._eos_id],
+            "stop_token_ids": list(self._end_ids),
             "logprobs": self._num_reported(sampling),
             "detokenize": False,
         }

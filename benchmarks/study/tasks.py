@@ -6,7 +6,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from actor.tasks import HELD_OUT_PROMPTS, HELD_OUT_SEED, Prompt, RunningSums, Task, eos_token_id
+from actor.end_tokens import eos_token_id
+from actor.tasks import HELD_OUT_PROMPTS, HELD_OUT_SEED, Prompt, RunningSums, Task
 from services.make_model import TaughtTask, make_tokenizer
 
 TOKENIZER = make_tokenizer()

@@ -1,9 +1,11 @@
 import numpy as np
 import pytest
+from pydantic import JsonValue
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from actor.settings import TaskSettings
-from actor.tasks import HELD_OUT_PROMPTS, Prompt, ReasoningGym, RunningSums, make_task
+from actor.tasks import HELD_OUT_PROMPTS, Prompt, RunningSums, make_task
 from buffer.errors import InvalidSettings
 from tests.actor.conftest import character_tokenizer
 
@@ -92,10 +94,60 @@ def test_reasoning_gym_asks_in_text_and_judges_with_its_own_verifier() -> None:
     assert reward("no number") < 1.0
 
 
-def test_reasoning_gym_never_trains_on_a_held_out_question() -> None:
-    task = ReasoningGym(
-        "basic_arithmetic", character_tokenizer(TEXT), {"min_terms": 2, "max_terms": 2, "max_digits": 1}
+def begin_and_end_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer that puts a begin token before a text and an end token after it."""
+    tokenizer = character_tokenizer("^" + TEXT.replace("^", ""))
+    tokenizer.bos_token = "^"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="^ $A <eos>", special_tokens=[("^", tokenizer.bos_token_id), ("<eos>", tokenizer.eos_token_id)]
     )
+    return tokenizer
+
+
+def test_a_question_as_it_is_begins_as_the_tokenizer_begins_a_text_and_does_not_end() -> None:
+    tokenizer = begin_and_end_tokenizer()
+    task = make_task(TaskSettings(name="basic_arithmetic"), tokenizer)
+
+    prompt = task.held_out()[0]
+
+    question = prompt.answer_key["question"]
+    assert tokenizer.decode(tokenizer(question).input_ids) == f"^{question}<eos>"
+    assert tokenizer.decode(prompt.token_ids) == f"^{question}"
+
+
+TEMPLATE = (
+    "^{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("system_text", "system_turn"), [(None, ""), ("The number alone.", "[system] The number alone.\n")]
+)
+def test_a_question_by_the_chat_template_is_a_users_turn_that_the_assistant_answers(
+    system_text: str | None, system_turn: str
+) -> None:
+    tokenizer = begin_and_end_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    settings = TaskSettings(name="basic_arithmetic", chat_template=True, system_text=system_text)
+
+    for prompt in make_task(settings, tokenizer).held_out()[:2]:
+        question = prompt.answer_key["question"]
+        assert tokenizer.decode(prompt.token_ids) == f"^{system_turn}[user] {question}\n[assistant] "
+
+
+def test_a_template_without_system_turns_is_refused_with_its_own_words() -> None:
+    tokenizer = character_tokenizer(TEXT)
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    settings = TaskSettings(name="basic_arithmetic", chat_template=True, system_text="Be brief.")
+
+    with pytest.raises(InvalidSettings, match=r"refuses these turns: System role .*leave actor\.task\.system_text out"):
+        make_task(settings, tokenizer)
+
+
+def test_reasoning_gym_never_trains_on_a_held_out_question() -> None:
+    options: dict[str, JsonValue] = {"min_terms": 2, "max_terms": 2, "max_digits": 1}
+    task = make_task(TaskSettings(name="basic_arithmetic", options=options), character_tokenizer(TEXT))
     held_out = {prompt.answer_key["question"] for prompt in task.held_out()}
     rng = np.random.default_rng(0)
 
@@ -113,12 +165,20 @@ def test_reasoning_gym_never_trains_on_a_held_out_question() -> None:
         (TaskSettings(name="basic_arithmetic", options={"size": 512}), TEXT, "size=512 leaves nothing to train on"),
         (TaskSettings(options={"num_digits": "many"}), TEXT, "its only option is the integer num_digits"),
         (TaskSettings(options={"num_digits": 2}), TEXT, "num_digits=2 must be between 4 and 100"),
+        (TaskSettings(name="chain_sum", chat_template=True), TEXT, "is set, but the tokenizer has no chat template"),
+        (
+            TaskSettings(name="chain_sum", system_text="!"),
+            TEXT,
+            r"system_text is set without actor\.task\.chat_template",
+        ),
+        (TaskSettings(chat_template=True), TEXT, "task running_sums writes its prompts itself"),
+        (TaskSettings(name="my:Task", chat_template=True), TEXT, "task my:Task writes its prompts itself"),
         (TaskSettings(name="no_such.module:Task"), TEXT, "'no_such.module:Task' cannot be imported: No module named"),
         (TaskSettings(name="actor.tasks:Riddles"), TEXT, "cannot be imported: module 'actor.tasks' has no .*'Riddles'"),
         (TaskSettings(name=":Task"), TEXT, "cannot be imported: Empty module name"),
         (TaskSettings(name="actor.tasks:RunningSums", options={"digits": 4}), TEXT, "unexpected .* 'digits'"),
         (
-            TaskSettings(name="actor.tasks:eos_token_id"),
+            TaskSettings(name="actor.end_tokens:eos_token_id"),
             TEXT,
             "is no task: int lacks one of sample, held_out and reward",
         ),

@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, Gemma3Config, PreTrainedTokenizerFast, Qwen2Config
 
 from actor.decoding import Decoding
 from actor.engine import Completion, GenerationRequest
+from actor.model_config import load_config, vocab_size
 from actor.torch_engine import TorchEngine
 from buffer.errors import CorruptWeights, InvalidRequest, InvalidSettings
 from buffer.types import FinishReason, SamplingSettings
@@ -247,6 +248,33 @@ def test_nothing_is_generated_before_the_first_load(model_dir: Path) -> None:
 def test_a_directory_that_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidSettings, match="is not a model directory"):
         TorchEngine(tmp_path, seed=0)
+
+
+def test_a_model_that_has_text_among_other_parts_generates(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    config = Gemma3Config(
+        text_config={
+            "vocab_size": VOCABULARY,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "max_position_embeddings": 64,
+        },
+        vision_config={"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+    )
+    weights = AutoModelForCausalLM.from_config(config).state_dict()
+    save_file({k: v for k, v in weights.items() if k != "lm_head.weight"}, tmp_path / "model.safetensors")
+    config.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+
+    engine = TorchEngine(tmp_path, seed=0)
+    engine.load(tmp_path / "model.safetensors", 0)
+
+    assert engine.max_tokens == 64
+    assert vocab_size(load_config(tmp_path)) == VOCABULARY
+    assert len(engine.generate([request(max_new_tokens=4)])[0].response_ids)
 
 
 def test_an_abort_ends_responses_with_the_tokens_drawn_so_far(model_dir: Path, keyframes: list[Path]) -> None:

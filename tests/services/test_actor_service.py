@@ -199,6 +199,26 @@ def test_the_sampling_of_evaluations_is_checked_at_start_too(model_dir: Path, tm
             run_actor(config, actor_id="a", engine="vllm")
 
 
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["actor.engine=torch"], "keeps a vLLM server at the newest version, and none is named"),
+        (["actor.engine=vllm"], "keeps a vLLM server at the newest version, and none is named"),
+        (
+            ["actor.engine=vllm", "actor.vllm.url=http://127.0.0.1:9", "actor.vllm.lora_rank=8"],
+            r"does not go with actor\.vllm\.lora_rank=8",
+        ),
+    ],
+)
+def test_following_for_agents_needs_a_server_and_whole_weights(
+    model_dir: Path, tmp_path: Path, more: list[str], sentence: str
+) -> None:
+    config = load_config(None, overrides=settings(tmp_path, "http://127.0.0.1:9", model_dir, *more))
+
+    with pytest.raises(InvalidSettings, match=sentence):
+        run_actor(config, follow_only=True)
+
+
 def test_a_generation_that_begins_just_after_a_stop_is_ended_too(model_dir: Path, keyframes: list[Path]) -> None:
     class Slow(TorchEngine):
         """5 ms a step; tells of each abort."""

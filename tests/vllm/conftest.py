@@ -38,7 +38,8 @@ from tests.factories import RUN_ID, UNTRUNCATED
 
 MAX_MODEL_TOKENS = 128
 VOCABULARY = 48
-END_ID = 1
+END_IDS = (1, 38)
+"""The tokenizer's end token, and one that generation_config.json alone names."""
 SERVICE_PYTHON = Path(__file__).parents[2] / ".venv/bin/python"
 TOKEN = "the-token-of-the-tests"
 
@@ -185,7 +186,7 @@ def _make_model(directory: Path, *, tied: bool, seed: int) -> PreTrainedModel:
         max_position_embeddings=MAX_MODEL_TOKENS,
         tie_word_embeddings=tied,
         bos_token_id=0,
-        eos_token_id=END_ID,
+        eos_token_id=END_IDS[0],
         initializer_range=0.3,
         dtype="float32",
     )
@@ -195,6 +196,7 @@ def _make_model(directory: Path, *, tied: bool, seed: int) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(0, 0.5)
+    model.generation_config.eos_token_id = list(END_IDS)
     model.save_pretrained(directory)
     words = ["<bos>", "<eos>", *"0123456789=", *(f"word{i}" for i in range(VOCABULARY - 13))]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<bos>"))

@@ -7,8 +7,10 @@ import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from actor.engine import GenerationRequest
 from actor.settings import VllmSettings
 from actor.vllm.engine import VllmEngine
 from actor.vllm.fetching import WeightSource
@@ -39,10 +41,18 @@ def test_sampling_whose_logprobs_vllm_cannot_report_is_refused(
         check_sampling(SamplingSettings(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p))
 
 
+def test_vllm_is_told_every_end_token() -> None:
+    request = GenerationRequest(prompt_ids=np.array([2], np.int32), sampling=UNTRUNCATED, max_new_tokens=4)
+
+    params = Limits(vocab_size=100, max_model_tokens=10, end_ids=(1, 7)).sampling_params(request)
+
+    assert params["stop_token_ids"] == [1, 7]
+
+
 def test_a_response_whose_kept_ids_are_not_all_there_is_left_out_instead_of_ending_the_actor(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    limits = Limits(vocab_size=100, max_model_tokens=10, eos_id=1)
+    limits = Limits(vocab_size=100, max_model_tokens=10, end_ids=(1,))
     top_2 = SamplingSettings(temperature=1.0, top_p=1.0, top_k=2, min_p=0.0)
     plain = [(7, -0.1), (3, -2.0), (4, -9999.0)]
     tied = [(7, -0.1), *((id_, -2.0) for id_ in range(10, 19))]  # all 10 that were asked for
