@@ -18,7 +18,8 @@ class OptimizerSettings(Settings):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled decay a step, times lr. 0: RL starts from a good model, and decay moves ReVal's value (its logits)."""
     grad_clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Largest gradient norm over all parameters; longer gradients are scaled down to it."""
+    """Largest gradient norm over all parameters; longer gradients are scaled down to it. At or below the usual
+    `gradient/norm` it steadies high rates; the default seldom binds on a loss that is a mean over tokens."""
     spike_factor: Annotated[float, Field(gt=1)] | None = 30.0
     """An update is skipped when its gradient norm is this many times the median of the last 64. 30: clipping copes with
     less, and a sound batch does not give more. None = never."""
