@@ -18,6 +18,9 @@ class TaskSettings(Settings):
     `module:class`: installed, or a file in the working directory of the actor. The module's code is run."""
     options: dict[str, JsonValue] = Field(default_factory=dict)
     """Keyword arguments of the task, such as {num_digits = 16} or a reasoning-gym configuration."""
+    max_unscored_groups: Annotated[int, Field(ge=1)] = 32
+    """Groups in a row whose reward cannot be had, since it raises or is no finite number, after which the actor ends;
+    fewer are dropped and counted. The default is two batches."""
 
 
 class VllmSettings(Settings):

@@ -19,6 +19,7 @@ import numpy as np
 
 from actor.engine import Engine
 from actor.evaluate import Evaluator
+from actor.judge import Judge
 from actor.loop import ActorLoop
 from actor.receiver import FollowingReceiver, Receiver
 from actor.rollout import Rollouts
@@ -85,6 +86,7 @@ class _Process:
         settings, status = self.config.actor, Status(time.monotonic)
         prompt_seed, *jitter_seeds = seeds.spawn(3)
         jitters = [random.Random(int(seed.generate_state(1)[0])) for seed in jitter_seeds]
+        judge = Judge(task, run_id=self.config.run.name, max_unscored_groups=settings.task.max_unscored_groups)
         sync = WeightSync(
             store=HttpWeightStore(self.client),
             engine=engine,
@@ -99,6 +101,7 @@ class _Process:
             status=status,
             version=lambda: engine.version,
             loads=lambda: tuple(sync.loads),
+            unscored_groups_total=lambda: judge.unscored_total,
             monitor=self.client,
             actor_id=self.actor_id,
             heartbeat_s=settings.heartbeat_s,
@@ -107,8 +110,8 @@ class _Process:
         )
         rng = np.random.default_rng(prompt_seed)
         loop = ActorLoop(
-            evaluator=self._evaluator(engine, task),
-            rollouts=Rollouts(engine=engine, task=task, settings=settings, run_id=self.config.run.name, rng=rng),
+            evaluator=self._evaluator(engine, judge),
+            rollouts=Rollouts(engine=engine, judge=judge, settings=settings, rng=rng),
             inbox=HttpTable(self.client),
             spool=self.spool,
             sync=sync,
@@ -131,13 +134,12 @@ class _Process:
             pulse.join(THREAD_END_S)
             log.info("actor %s ended: %s", self.actor_id, dict(status.outcomes))
 
-    def _evaluator(self, engine: Engine, task: Task) -> Evaluator:
+    def _evaluator(self, engine: Engine, judge: Judge) -> Evaluator:
         return Evaluator(
             engine=engine,
-            task=task,
+            judge=judge,
             evaluations=HttpEvaluations(self.client),
             settings=self.config.actor,
-            run_id=self.config.run.name,
             actor_id=self.actor_id,
             solved_reward=self.config.table.solved_reward,
             stop=self.stop,
