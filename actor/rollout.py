@@ -1,6 +1,7 @@
 """One batch: prompts from the task, several groups generated side by side, rewards, records."""
 
 import logging
+import threading
 
 import numpy as np
 
@@ -18,13 +19,14 @@ MAX_DRAWS = 100
 
 
 class Rollouts:
-    """Makes batches of whole groups. Not thread-safe: the actor's main loop owns it."""
+    """Makes batches of whole groups. Several threads may ask for one at once, if the engine takes it."""
 
     def __init__(self, *, engine: Engine, judge: Judge, settings: ActorSettings, rng: np.random.Generator) -> None:
         self._engine = engine
         self._judge = judge
         self._settings = settings
         self._rng = rng
+        self._drawing = threading.Lock()  # prompts come from one generator
         self.too_long_total = 0
         """Prompts that left no room for a response: others were drawn in their place."""
 
@@ -34,7 +36,8 @@ class Rollouts:
         Raises what the engine raises, TaskFailed, and InvalidSettings when hardly a prompt leaves room for a response.
         """
         settings = self._settings
-        prompts = [self._prompt() for _ in range(settings.groups_per_batch)]
+        with self._drawing:
+            prompts = [self._prompt() for _ in range(settings.groups_per_batch)]
         requests = [
             GenerationRequest(
                 prompt_ids=prompt.token_ids, sampling=settings.sampling, max_new_tokens=settings.max_new_tokens

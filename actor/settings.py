@@ -89,6 +89,9 @@ class ActorSettings(Settings):
     """Responses per prompt; the baseline of group advantages needs at least 2."""
     groups_per_batch: Annotated[int, Field(ge=1)] = 16
     """Groups generated side by side; 128 sequences keep one core busy with a tiny model."""
+    batches_in_flight: Annotated[int, Field(ge=1, le=64)] = 1
+    """Batches drawn at once by one engine, vLLM alone: each is scored and submitted as soon as its longest answer has
+    ended, while the engine goes on with the others. 1 = the engine waits for that answer and for the rewards."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 32
     """Tokens per response at most, end token included."""
     evaluation: EvaluationSettings = EvaluationSettings()

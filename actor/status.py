@@ -32,7 +32,7 @@ _WORKING = frozenset({Activity.GENERATING, Activity.SPOOLING, Activity.EVALUATIN
 
 
 class Status:
-    """Counters and the current activity; the main loop writes, the heartbeat thread reads."""
+    """Counters and the current activity; the main loop writes, threads that draw count, the heartbeat thread reads."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
@@ -59,6 +59,11 @@ class Status:
         """Count generated tokens."""
         with self._lock:
             self._tokens_total += num_tokens
+
+    def dropped(self, num_groups: int) -> None:
+        """Count groups that were never submitted."""
+        with self._lock:
+            self.outcomes["dropped"] += num_groups
 
     def waited_s(self) -> float:
         """Return for how long the main loop has been waiting; 0 while it works."""

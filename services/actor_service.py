@@ -205,6 +205,11 @@ def _engine_maker(name: str, settings: ActorSettings) -> _Maker:
             f"actor.ship_distributions is set, but engine {name} reports the log-probs of a few ids alone",
             hint="use actor.engine = torch, or leave the setting out: trust regions then use sampled stand-ins",
         )
+    if settings.batches_in_flight > 1 and name == "torch":
+        raise InvalidSettings(
+            f"actor.batches_in_flight={settings.batches_in_flight}, but engine torch draws one batch at a time",
+            hint="use actor.engine = vllm, or leave the setting out and start more actors",
+        )
     return _ENGINES[name]
 
 

@@ -183,6 +183,9 @@ def test_an_unknown_engine_an_odd_id_and_an_absent_service_are_one_sentence_each
     shipping = load_config(None, overrides=settings(tmp_path, url, model_dir, "actor.ship_distributions=true"))
     with pytest.raises(InvalidSettings, match="engine vllm reports the log-probs of a few ids alone"):
         run_actor(shipping, engine="vllm")
+    several = load_config(None, overrides=settings(tmp_path, url, model_dir, "actor.batches_in_flight=2"))
+    with pytest.raises(InvalidSettings, match="batches_in_flight=2, but engine torch draws one batch at a time"):
+        run_actor(several)
     with pytest.raises(ServiceUnreachable, match="no answer from"):
         run_actor(config)
     with serving(make_context(tmp_path / "service")) as url:
