@@ -33,7 +33,8 @@ class Completion:
 
 
 class Engine(Protocol):
-    """Something that samples from the policy. One thread generates; another brings new versions meanwhile.
+    """Something that samples from the policy. One thread generates, or several where actor.batches_in_flight says so;
+    another one brings new versions meanwhile.
 
     How they come in is another protocol: actor.receiver.
     """
@@ -49,7 +50,7 @@ class Engine(Protocol):
         ...
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
-        """Draw all requests in one batch, in the order given. The actor's main loop calls it."""
+        """Draw all requests in one batch, in the order given."""
         ...
 
     def abort(self) -> None:

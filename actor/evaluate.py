@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from actor.engine import Engine, GenerationRequest
-from actor.rollout import as_group, fits, whole_groups
+from actor.judge import Judge
+from actor.rollout import fits
 from actor.settings import ActorSettings, EvaluationSettings
 from actor.tasks import Prompt, Task
 from buffer.errors import Conflict, InvalidSettings
@@ -53,10 +54,9 @@ class Evaluator:
     """Evaluates what its actor holds, when it is its turn. The actor's main loop owns it."""
 
     engine: Engine
-    task: Task
+    judge: Judge
     evaluations: Evaluations
     settings: ActorSettings
-    run_id: str
     actor_id: str
     solved_reward: float
     """Reward from which a response counts as solved (table.solved_reward)."""
@@ -118,7 +118,7 @@ class Evaluator:
 
     def _prompts(self) -> list[Prompt]:
         """Return the prompts, always the same ones. Raises InvalidSettings when the model can hold none of them."""
-        held_out = self.task.held_out()[: self.settings.evaluation.num_prompts]
+        held_out = self.judge.task.held_out()[: self.settings.evaluation.num_prompts]
         prompts = [prompt for prompt in held_out if fits(prompt, self.engine, self.settings)]
         told = f"of {len(held_out)} held-out prompts leave no room for max_new_tokens={self.settings.max_new_tokens}"
         if not prompts:
@@ -133,10 +133,8 @@ class Evaluator:
     def _draw(self, prompts: Sequence[Prompt]) -> list[Group]:
         settings = self.settings.evaluation
         requests = _requests(prompts, settings.samples_per_prompt, settings.sampling, self.settings)
-        return [
-            as_group(self.task, prompt, drawn, run_id=self.run_id, split=Split.EVAL, sampling=settings.sampling)
-            for prompt, drawn in whole_groups(prompts, self.engine.generate(requests))
-        ]
+        drawn = self.engine.generate(requests)
+        return self.judge.groups(prompts, drawn, split=Split.EVAL, sampling=settings.sampling)
 
 
 def summary(

@@ -4,8 +4,9 @@
 |---|---|---|---|
 | a task; admission (a 429 pauses) | groups; their outcomes | learner sampling, eviction | finish or drop, never half |
 
-Weights are awaited before each batch (`weight_sync`). A service that is away does not stop generation while the spool
-has room; an actor that was refused (`full`) never spools: it waits.
+Weights are awaited before each batch (`weight_sync`). With `batches_in_flight` several are drawn at once (`in_flight`).
+A service that is away does not stop generation while the spool has room; an actor that was refused (`full`) never
+spools: it waits.
 """
 
 import logging
@@ -16,6 +17,7 @@ from typing import Protocol
 
 from actor.backoff import Backoff
 from actor.evaluate import Evaluator
+from actor.in_flight import BatchesInFlight
 from actor.rollout import Rollouts
 from actor.settings import ActorSettings
 from actor.spool import Spool
@@ -77,10 +79,21 @@ class ActorLoop:
     def run(self) -> None:
         """Generate and deliver. Raises what ended the weight sync, and what the engine or the task raise."""
         self._deliver([])  # what a former process left in the spool
+        num_batches = self._settings.batches_in_flight
+        if num_batches == 1:
+            self._run(self._generate)
+            return
+        with BatchesInFlight(
+            self._generate, num_batches=num_batches, deliver=self._deliver, stop=self._stop
+        ) as batches:
+            self._run(batches.next_batch)
+
+    def _run(self, next_batch: Callable[[], list[Group]]) -> None:
         while not self._stop.is_set():
             if self._weights_are_ready():
                 self._evaluate()
-                self._deliver(self._generate())
+                self._note_generating()
+                self._deliver(next_batch())
 
     def _weights_are_ready(self) -> bool:
         if self._sync.quarantine_reason:
@@ -103,12 +116,17 @@ class ActorLoop:
         except (*UNREACHABLE, CorruptWeights, EngineUnreachable) as error:  # an engine's weights are loaded again
             log.warning("no evaluation: %s", error)
 
-    def _generate(self) -> list[Group]:
-        """Return a batch of whole groups; none when a load went wrong while it was drawn."""
+    def _note_generating(self) -> None:
         if self._retry_at_s is None:
             self._status.enter(Activity.GENERATING)
         else:
             self._status.enter(Activity.SPOOLING, f"{self._spool.num_groups} groups wait to be delivered")
+
+    def _generate(self) -> list[Group]:
+        """Return a batch of whole groups; none when a load went wrong while it was drawn.
+
+        With several batches in flight as many threads are in here.
+        """
         failures_before = self._sync.failures_total
         try:
             groups = self._rollouts.next_batch()
@@ -194,5 +212,5 @@ class ActorLoop:
 
     def _drop(self, groups: Sequence[Group], reason: str) -> None:
         if groups:
-            self._status.outcomes["dropped"] += len(groups)
+            self._status.dropped(len(groups))
             log.warning("dropped %d whole groups: %s", len(groups), reason)

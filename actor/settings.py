@@ -23,6 +23,9 @@ class TaskSettings(Settings):
     trained on; false = as it is. For tasks of reasoning-gym: the other ones write their prompts themselves."""
     system_text: str | None = None
     """Text of the system turn before the question; null = what the template does without one. With `chat_template`."""
+    max_unscored_groups: Annotated[int, Field(ge=1)] = 32
+    """Groups in a row whose reward cannot be had, since it raises or is no finite number, after which the actor ends;
+    fewer are dropped and counted. The default is two batches."""
 
 
 class VllmSettings(Settings):
@@ -92,6 +95,9 @@ class ActorSettings(Settings):
     """Responses per prompt; the baseline of group advantages needs at least 2."""
     groups_per_batch: Annotated[int, Field(ge=1)] = 16
     """Groups generated side by side; 128 sequences keep one core busy with a tiny model."""
+    batches_in_flight: Annotated[int, Field(ge=1, le=64)] = 1
+    """Batches drawn at once by one engine, vLLM alone: each is scored and submitted as soon as its longest answer has
+    ended, while the engine goes on with the others. 1 = the engine waits for that answer and for the rewards."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 32
     """Tokens per response at most, end token included."""
     evaluation: EvaluationSettings = EvaluationSettings()

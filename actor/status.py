@@ -34,7 +34,7 @@ _WORKING = frozenset({Activity.GENERATING, Activity.SPOOLING, Activity.EVALUATIN
 
 
 class Status:
-    """Counters and the current activity; the main loop writes, the heartbeat thread reads."""
+    """Counters and the current activity; the main loop writes, threads that draw count, the heartbeat thread reads."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
@@ -62,12 +62,19 @@ class Status:
         with self._lock:
             self._tokens_total += num_tokens
 
+    def dropped(self, num_groups: int) -> None:
+        """Count groups that were never submitted."""
+        with self._lock:
+            self.outcomes["dropped"] += num_groups
+
     def waited_s(self) -> float:
         """Return for how long the main loop has been waiting; 0 while it works."""
         with self._lock:
             return 0.0 if self._activity in _WORKING else self._now() - self._since_s
 
-    def heartbeat(self, version: PolicyVersion, loads: Sequence[Load] = ()) -> Heartbeat:
+    def heartbeat(
+        self, version: PolicyVersion, loads: Sequence[Load] = (), *, unscored_groups_total: int = 0
+    ) -> Heartbeat:
         """Return a heartbeat whose rate is over the time since the one before."""
         with self._lock:
             now_s, (then_s, then_tokens) = self._now(), self._last_beat
@@ -77,6 +84,7 @@ class Status:
                 version=version,
                 tokens_per_s=(self._tokens_total - then_tokens) / max(now_s - then_s, 1e-3),
                 groups_total=self.groups_total,
+                unscored_groups_total=unscored_groups_total,
                 state=self._activity.value,
                 detail=(self._reason + waited)[:1024],
                 loads=tuple(loads),
@@ -100,6 +108,7 @@ class Pulse:
         status: Status,
         version: Callable[[], PolicyVersion],
         loads: Callable[[], Sequence[Load]],
+        unscored_groups_total: Callable[[], int],
         monitor: Monitor,
         actor_id: str,
         heartbeat_s: float,
@@ -109,6 +118,7 @@ class Pulse:
         self._status = status
         self._version = version
         self._loads = loads
+        self._unscored_groups_total = unscored_groups_total
         self._monitor = monitor
         self._actor_id = actor_id
         self._heartbeat_s = heartbeat_s
@@ -132,7 +142,9 @@ class Pulse:
 
     def beat(self) -> None:
         """Send one heartbeat. One that cannot be delivered is dropped, and the log says so once per outage."""
-        heartbeat = self._status.heartbeat(self._version(), self._loads())
+        heartbeat = self._status.heartbeat(
+            self._version(), self._loads(), unscored_groups_total=self._unscored_groups_total()
+        )
         self._warn_of_stall(heartbeat)
         try:
             self._monitor.heartbeat(self._actor_id, heartbeat)

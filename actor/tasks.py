@@ -53,7 +53,10 @@ class Task(Protocol):
         ...
 
     def reward(self, prompt: Prompt, response_ids: npt.NDArray[np.int32]) -> float:
-        """Judge a response to a prompt of this task, its end token included if it was drawn."""
+        """Judge a response to a prompt of this task, its end token included if it was drawn.
+
+        With several batches in flight as many threads call it.
+        """
         ...
 
 

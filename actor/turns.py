@@ -1,7 +1,7 @@
 """Fair turns on an engine's core: a thread that asks between two decode steps gets the next turn."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -22,3 +22,34 @@ class Turns:
             yield
         finally:
             self._core.release()
+
+
+class SharedSteps:
+    """Decode steps that several threads need: one of them steps at a time, for all.
+
+    `until` waits for the running step of another thread; its end wakes all. So the core has one generator in its queue,
+    however many there are, and a thread whose responses have ended does not wait for those of another.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._running = False
+
+    def until(self, done: Callable[[], bool], step: Callable[[], None]) -> None:
+        """Return once `done`, after steps of this thread or of others; raises what this thread's `step` raises."""
+        while self._take_over(done):
+            try:
+                step()
+            finally:
+                with self._changed:
+                    self._running = False
+                    self._changed.notify_all()
+
+    def _take_over(self, done: Callable[[], bool]) -> bool:
+        """Whether the next step is this thread's; False once it needs none."""
+        with self._changed:
+            self._changed.wait_for(lambda: done() or not self._running)
+            if done():
+                return False
+            self._running = True
+            return True

@@ -171,6 +171,8 @@ class Heartbeat(Record):
     """Response tokens drawn per second of late."""
     groups_total: Count
     """Groups submitted and answered since the actor started."""
+    unscored_groups_total: Count = 0
+    """Groups dropped since it started because the task gave no reward."""
     state: Annotated[str, Field(max_length=64)]
     """One word: generating, waiting, quarantined ..."""
     detail: Annotated[str, Field(max_length=1024)] = ""

@@ -20,6 +20,7 @@ import numpy as np
 from actor.engine import Engine
 from actor.evaluate import Evaluator
 from actor.follow import FollowLoop
+from actor.judge import Judge
 from actor.loop import ActorLoop
 from actor.receiver import FollowingReceiver, Receiver
 from actor.rollout import Rollouts
@@ -97,11 +98,12 @@ class _Process:
         """Generate, deliver and evaluate until `stop` is set or a thread fails."""
         prompt_seed, sync_seed, loop_seed = seeds.spawn(3)
         rng, settings = np.random.default_rng(prompt_seed), self.config.actor
+        judge = Judge(task, run_id=self.config.run.name, max_unscored_groups=settings.task.max_unscored_groups)
 
         def make_loop(sync: WeightSync, status: Status) -> ActorLoop:
             return ActorLoop(
-                evaluator=self._evaluator(engine, task),
-                rollouts=Rollouts(engine=engine, task=task, settings=settings, run_id=self.config.run.name, rng=rng),
+                evaluator=self._evaluator(engine, judge),
+                rollouts=Rollouts(engine=engine, judge=judge, settings=settings, rng=rng),
                 inbox=HttpTable(self.client),
                 spool=self.spool,
                 sync=sync,
@@ -112,7 +114,7 @@ class _Process:
                 jitter=_jitter(loop_seed),
             )
 
-        self._run(engine, receiver, _jitter(sync_seed), make_loop)
+        self._run(engine, receiver, _jitter(sync_seed), make_loop, unscored_groups_total=lambda: judge.unscored_total)
 
     def follow(self, server: "RemoteVllmEngine", seeds: np.random.SeedSequence) -> None:
         """Keep a server at the newest version until `stop` is set or a thread fails."""
@@ -120,7 +122,7 @@ class _Process:
         def make_loop(sync: WeightSync, status: Status) -> FollowLoop:
             return FollowLoop(server=server, sync=sync, status=status, stop=self.stop)
 
-        self._run(server, server, _jitter(seeds), make_loop)
+        self._run(server, server, _jitter(seeds), make_loop, unscored_groups_total=lambda: 0)
 
     def _run(
         self,
@@ -128,6 +130,8 @@ class _Process:
         receiver: Receiver,
         jitter: random.Random,
         make_loop: Callable[[WeightSync, Status], ActorLoop | FollowLoop],
+        *,
+        unscored_groups_total: Callable[[], int],
     ) -> None:
         """Run a loop beside the weight sync and the heartbeats."""
         settings, status = self.config.actor, Status(time.monotonic)
@@ -145,6 +149,7 @@ class _Process:
             status=status,
             version=lambda: engine.version,
             loads=lambda: tuple(sync.loads),
+            unscored_groups_total=unscored_groups_total,
             monitor=self.client,
             actor_id=self.actor_id,
             heartbeat_s=settings.heartbeat_s,
@@ -165,13 +170,12 @@ class _Process:
             pulse.join(THREAD_END_S)
             log.info("actor %s ended: %s", self.actor_id, dict(status.outcomes))
 
-    def _evaluator(self, engine: Engine, task: Task) -> Evaluator:
+    def _evaluator(self, engine: Engine, judge: Judge) -> Evaluator:
         return Evaluator(
             engine=engine,
-            task=task,
+            judge=judge,
             evaluations=HttpEvaluations(self.client),
             settings=self.config.actor,
-            run_id=self.config.run.name,
             actor_id=self.actor_id,
             solved_reward=self.config.table.solved_reward,
             stop=self.stop,
@@ -242,6 +246,11 @@ def _engine_maker(name: str, settings: ActorSettings) -> _Maker:
         raise InvalidSettings(
             f"actor.ship_distributions is set, but engine {name} reports the log-probs of a few ids alone",
             hint="use actor.engine = torch, or leave the setting out: trust regions then use sampled stand-ins",
+        )
+    if settings.batches_in_flight > 1 and name == "torch":
+        raise InvalidSettings(
+            f"actor.batches_in_flight={settings.batches_in_flight}, but engine torch draws one batch at a time",
+            hint="use actor.engine = vllm, or leave the setting out and start more actors",
         )
     return _ENGINES[name]
 

@@ -152,6 +152,8 @@ def _actors(actors: list[ActorStatus], *, clock: int) -> Iterator[Metric]:
     yield _gauges("actor_lag_updates", "Latest version - version in use", "actor", lag)
     yield _gauges("actor_tokens_per_second", "Drawn of late", "actor", by_actor(lambda actor: actor.tokens_per_s))
     yield _counters("actor_groups", "Groups answered", "actor", by_actor(lambda actor: actor.groups_total))
+    unscored = by_actor(lambda actor: actor.unscored_groups_total)
+    yield _counters("actor_unscored_groups", "Groups dropped without a reward", "actor", unscored)
     yield _gauges("actor_silent_seconds", "Since its heartbeat", "actor", by_actor(lambda actor: actor.age_s))
     states = GaugeMetricFamily("stalewise_actor_state", "1 for what it is doing", labels=("actor", "state"))
     for actor in actors:

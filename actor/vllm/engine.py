@@ -1,7 +1,7 @@
 """The engine on vLLM, in this process.
 
     who            waits for                      does
-    generator      its turn, one decode step      adds its requests, steps until they are finished
+    generator      its turn, one decode step      adds its requests, steps until they are finished; of several one steps
     weight sync    the end of the running step    load: new weights, caches dropped; score: steps its own request
 
 vLLM's engine core runs in this process and moves only when one of us calls `step`, so the gap between two steps
@@ -25,7 +25,7 @@ import numpy.typing as npt
 from actor.end_tokens import end_token_ids
 from actor.engine import Completion, GenerationRequest
 from actor.settings import VllmSettings
-from actor.turns import Turns
+from actor.turns import SharedSteps, Turns
 from actor.vllm.adapters import AdapterVersions, LoadedAdapter, max_lora_rank, spans_of
 from actor.vllm.fetching import WeightSource, fetch
 from actor.vllm.plugin import BACKEND, WORKER_EXTENSION, check_version
@@ -76,6 +76,7 @@ class VllmEngine:
         self._adapters = AdapterVersions()
         self._fetched_dir = ""
         self._turns = Turns()
+        self._steps = SharedSteps()
         self._rpc("init_weight_transfer_engine", source.as_init_info())
 
     @property
@@ -198,7 +199,7 @@ class VllmEngine:
     def _run(
         self, requests: list[tuple[npt.NDArray[np.int32], Any]], adapter: LoadedAdapter | None, *, abortable: bool
     ) -> list[Any]:
-        """Run requests to their end, one step a turn; threads that run at once share the steps."""
+        """Run requests to their end, one step a turn; threads that run at once share them. Raises CorruptWeights."""
         from vllm.inputs import tokens_input
 
         ids = [str(next(self._ids)) for _ in requests]
@@ -208,18 +209,21 @@ class VllmEngine:
                 vllm_id = self._engine.add_request(id_, tokens_input(prompt_ids.tolist()), params, lora_request=lora)
                 if abortable:
                     self._generating[id_] = vllm_id
-        while True:
+        try:
+            self._steps.until(lambda: all(id_ in self._finished for id_ in ids), self._step)
+        finally:
             with self._turns.take():
-                done = all(id_ in self._finished for id_ in ids)
-                if done or self._version < 0:
-                    self._engine.abort_request(ids)  # of those that are not finished
-                    outputs = [self._finished.pop(id_, None) for id_ in ids]
-                    for id_ in ids:
-                        self._generating.pop(id_, None)
-                    if done:
-                        return outputs
-                    raise CorruptWeights("the engine holds no weights", hint="a version must be loaded first")
-                self._finished |= {output.request_id: output for output in self._engine.step() if output.finished}
+                self._engine.abort_request(ids)  # of those that are not finished
+                outputs = [self._finished.pop(id_, None) for id_ in ids]
+                for id_ in ids:
+                    self._generating.pop(id_, None)
+        return outputs
+
+    def _step(self) -> None:
+        with self._turns.take():
+            if self._version < 0:
+                raise CorruptWeights("the engine holds no weights", hint="a version must be loaded first")
+            self._finished |= {output.request_id: output for output in self._engine.step() if output.finished}
 
     def _rpc(self, method: str, *arguments: Any) -> list[Any]:
         """Call a method of every worker; the caller owns the core, or nobody else uses it yet."""

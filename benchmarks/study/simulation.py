@@ -20,6 +20,7 @@ import torch
 from pydantic import JsonValue
 
 from actor.evaluate import held_out_accuracy
+from actor.judge import Judge
 from actor.rollout import Rollouts
 from actor.settings import ActorSettings
 from actor.torch_engine import TorchEngine
@@ -193,7 +194,8 @@ def _initial_batches(model_dir: Path, task_name: str, count: int, *, seed: int) 
 
 
 def _rollouts(engine: TorchEngine, task: StudyTask, settings: ActorSettings, *, seed: int) -> Rollouts:
-    return Rollouts(engine=engine, task=task, settings=settings, run_id="study", rng=np.random.default_rng(seed))
+    judge = Judge(task, run_id="study", max_unscored_groups=1)
+    return Rollouts(engine=engine, judge=judge, settings=settings, rng=np.random.default_rng(seed))
 
 
 def _actor_settings(task: StudyTask) -> ActorSettings:

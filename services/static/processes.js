@@ -45,9 +45,10 @@ const ago = (age) => (age < 1 ? "now" : `${seconds(age)} ago`);
 
 export function drawActors(stats) {
   const {actors, weights, table} = stats;
-  fill($("actor-list"), ["actor", "does", "version", "behind", "tokens/s", "groups", "heard of", "last load", ""],
+  fill($("actor-list"), ["actor", "does", "version", "behind", "tokens/s", "groups", "unscored", "heard of", "last load", ""],
     actors.map((actor) => [actor.actor_id, actor.state.replaceAll("_", " "), number(actor.version),
       number(Math.max(0, table.latest_version - actor.version)), number(actor.tokens_per_s), number(actor.groups_total),
+      number(actor.unscored_groups_total),
       ago(actor.age_s), seconds(actor.loads?.at(-1)?.publish_to_loaded_s), actor.detail]));
   const loads = new Map();
   for (const actor of actors) {

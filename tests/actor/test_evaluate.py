@@ -5,10 +5,12 @@ from pathlib import Path
 from statistics import mean
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from actor.evaluate import Evaluator, pass_at_k, summary
+from actor.judge import Judge
 from actor.settings import ActorSettings, EvaluationSettings
 from actor.tasks import Prompt, RunningSums
 from actor.torch_engine import TorchEngine
@@ -85,10 +87,9 @@ def _evaluator(engine: TorchEngine, task: RunningSums, store: DirectoryWeightSto
     evaluation = EvaluationSettings(every_updates=1, num_prompts=5, samples_per_prompt=2)
     evaluator = Evaluator(
         engine=engine,
-        task=task,
+        judge=Judge(task, run_id=RUN_ID, max_unscored_groups=3),
         evaluations=BoardEvaluations(MemoryBoard(), store),
         settings=ActorSettings(max_new_tokens=8, evaluation=evaluation),
-        run_id=RUN_ID,
         actor_id="a",
         solved_reward=1.0,
         stop=threading.Event(),
@@ -128,3 +129,26 @@ def test_a_prompt_with_an_aborted_response_is_left_out_of_an_evaluation(
 
     wanted = [task.held_out()[index].prompt_id for index in (0, 1, 3, 4)]
     assert [group.prompt_id for group in groups] == wanted
+
+
+class NoVerdict(RunningSums):
+    """A judge that fails on the fourth response, which is of the second prompt."""
+
+    judged = 0
+
+    def reward(self, prompt: Prompt, response_ids: npt.NDArray[np.int32]) -> float:
+        self.judged += 1
+        if self.judged == 4:
+            raise TimeoutError("the judge did not answer")
+        return super().reward(prompt, response_ids)
+
+
+def test_a_prompt_that_cannot_be_scored_is_left_out_of_an_evaluation_which_says_how_many_it_has(
+    engine: TorchEngine, tokenizer: PreTrainedTokenizerFast, store: DirectoryWeightStore
+) -> None:
+    evaluator = _evaluator(engine, NoVerdict(tokenizer, num_digits=4), store)
+
+    groups = evaluator.evaluate(0)
+
+    assert len(groups) == 4
+    assert [result.num_prompts for result in evaluator.evaluations.read().results] == [4]

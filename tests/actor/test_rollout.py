@@ -7,6 +7,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from actor.engine import Completion, GenerationRequest
+from actor.judge import Judge
 from actor.rollout import Rollouts
 from actor.settings import ActorSettings
 from actor.tasks import Prompt, RunningSums
@@ -31,7 +32,8 @@ def test_a_group_with_an_aborted_member_is_left_out(
     engine.load(keyframes[0], 0)
     settings = ActorSettings(group_size=2, groups_per_batch=4, max_new_tokens=8)
     task = RunningSums(tokenizer, num_digits=4)
-    rollouts = Rollouts(engine=engine, task=task, settings=settings, run_id=RUN_ID, rng=np.random.default_rng(0))
+    judge = Judge(task, run_id=RUN_ID, max_unscored_groups=1)
+    rollouts = Rollouts(engine=engine, judge=judge, settings=settings, rng=np.random.default_rng(0))
 
     groups = rollouts.next_batch()
 
@@ -57,7 +59,8 @@ def test_a_prompt_that_the_model_cannot_hold_is_drawn_anew_and_counted(
     settings = ActorSettings(group_size=2, groups_per_batch=4, max_new_tokens=8)
     task = OfManyLengths(tokenizer, num_digits=4)
     task.lengths = (5, 121, 120)  # and 8 tokens of response, of 128
-    rollouts = Rollouts(engine=engine, task=task, settings=settings, run_id=RUN_ID, rng=np.random.default_rng(0))
+    judge = Judge(task, run_id=RUN_ID, max_unscored_groups=1)
+    rollouts = Rollouts(engine=engine, judge=judge, settings=settings, rng=np.random.default_rng(0))
 
     groups = rollouts.next_batch()
 

@@ -27,6 +27,7 @@ def test_heartbeats_say_what_the_actor_does_and_the_log_warns_of_long_waits(capl
         status=status,
         version=lambda: 4,
         loads=lambda: (Load(version=4, publish_to_loaded_s=0.5),),
+        unscored_groups_total=lambda: 6,
         monitor=listener,
         actor_id="a",
         heartbeat_s=2.0,
@@ -50,5 +51,6 @@ def test_heartbeats_say_what_the_actor_does_and_the_log_warns_of_long_waits(capl
     first, last = listener.heard
     assert (first.version, first.tokens_per_s, first.state, first.detail) == (4, 25.0, "generating", "")
     assert (last.state, last.detail) == ("waiting_admission", "the limiter (for 32 s)")
+    assert last.unscored_groups_total == 6
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert warnings == ["waiting_admission: the limiter (for 31 s)", "heartbeats are not heard: nobody answers"]

@@ -11,10 +11,12 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from actor.decoding import Decoding
 from actor.engine import GenerationRequest
+from actor.tasks import Prompt, RunningSums
 from actor.torch_engine import TorchEngine
 from buffer.client import HttpTable, HttpWeightStore
 from buffer.codec import decode_group
@@ -181,6 +183,9 @@ def test_an_unknown_engine_an_odd_id_and_an_absent_service_are_one_sentence_each
     shipping = load_config(None, overrides=settings(tmp_path, url, model_dir, "actor.ship_distributions=true"))
     with pytest.raises(InvalidSettings, match="engine vllm reports the log-probs of a few ids alone"):
         run_actor(shipping, engine="vllm")
+    several = load_config(None, overrides=settings(tmp_path, url, model_dir, "actor.batches_in_flight=2"))
+    with pytest.raises(InvalidSettings, match="batches_in_flight=2, but engine torch draws one batch at a time"):
+        run_actor(several)
     with pytest.raises(ServiceUnreachable, match="no answer from"):
         run_actor(config)
     with serving(make_context(tmp_path / "service")) as url:
@@ -217,6 +222,32 @@ def test_following_for_agents_needs_a_server_and_whole_weights(
 
     with pytest.raises(InvalidSettings, match=sentence):
         run_actor(config, follow_only=True)
+
+
+class JudgedLate(RunningSums):
+    """A task whose judge never answers in time."""
+
+    def reward(self, prompt: Prompt, response_ids: npt.NDArray[np.int32]) -> float:
+        time.sleep(0.05)
+        raise TimeoutError("no verdict within 50 ms")
+
+
+def test_an_actor_without_rewards_is_shown_and_ends_with_a_sentence(
+    model_dir: Path, keyframes: list[Path], tmp_path: Path
+) -> None:
+    log_path, context = tmp_path / "log", make_context(tmp_path / "service")
+    task = ["actor.task.name=tests.services.test_actor_service:JudgedLate", "actor.task.max_unscored_groups=20"]
+    with serving(context) as url, closing(ServiceClient(url, settings=NO_RETRY)) as client:
+        publish(HttpWeightStore(client), model_dir, keyframes[0], 0)
+        with acting(log_path, settings(tmp_path, url, model_dir, *task)) as process:
+            wait_for(lambda: any(a["unscored_groups_total"] for a in client.stats()["actors"]), process, log_path)
+
+            assert process.wait(20) == 1
+
+    *_, last = log_path.read_text().splitlines()
+    assert last.startswith("stalewise: 20 groups in a row could not be scored: the reward of prompt running_sums:")
+    assert "raised TimeoutError at test_actor_service.py:" in last
+    assert "Traceback" not in log_path.read_text()
 
 
 def test_a_generation_that_begins_just_after_a_stop_is_ended_too(model_dir: Path, keyframes: list[Path]) -> None:

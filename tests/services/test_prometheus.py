@@ -36,7 +36,10 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServiceC
     context.presence.report(report)
     loads = (Load(version=2, publish_to_loaded_s=0.75),)
     context.presence.heartbeat(
-        "a", Heartbeat(version=2, tokens_per_s=10.0, groups_total=5, state="generating", loads=loads)
+        "a",
+        Heartbeat(
+            version=2, tokens_per_s=10.0, groups_total=5, unscored_groups_total=1, state="generating", loads=loads
+        ),
     )
     with serving(context) as url:
         answered = httpx.get(f"{url}/metrics", trust_env=False)
@@ -71,6 +74,7 @@ def test_values_are_those_of_the_statistics(scraped: tuple[ServiceContext, str])
         ("stalewise_learner_planned_updates", ""): 8,
         ("stalewise_learner_metric", "reward/mean"): 0.5,
         ("stalewise_actor_lag_updates", "a"): 1,
+        ("stalewise_actor_unscored_groups_total", "a"): 1,
         ("stalewise_actor_state", "a,generating"): 1,
         ("stalewise_actor_publish_to_loaded_seconds", "a"): 0.75,
         ("stalewise_evaluation_pass_at", "1"): 0.75,

@@ -45,6 +45,7 @@ def test_its_groups_are_accepted_and_follow_the_published_versions(tmp_path: Pat
         "actor.task.options.num_digits": 4,
         "actor.group_size": 4,
         "actor.groups_per_batch": 2,
+        "actor.batches_in_flight": 3,
         "actor.vllm.dtype": "float32",
     }
 

@@ -135,6 +135,32 @@ def test_weights_that_change_in_mid_generation_open_a_span_keep_logprobs_exact_a
     assert_logprobs_are_those_of_the_spans(served, requests, drawn)
 
 
+def test_batches_of_two_threads_overlap_and_each_follows_the_versions_of_its_own_time(served: Served) -> None:
+    first, second = served.publish(parity=0), served.publish(parity=1)
+    long, short = requests_for(UNTRUNCATED, num=16, max_new_tokens=120), requests_for(UNTRUNCATED, max_new_tokens=2)
+    drawn: list[Completion] = []
+
+    def generate_long() -> None:
+        drawn[:] = served.engine.generate(long)
+
+    overlapped = False
+    while not overlapped:  # the longest of the long ones may end too early
+        served.take(first)
+        generator = threading.Thread(target=generate_long)
+        generator.start()
+        before = served.engine.generate(short)
+        served.take(second)
+        after = served.engine.generate(short)
+        overlapped = generator.is_alive()
+        generator.join()
+
+    for completions, version in ((before, first.version), (after, second.version)):
+        assert {span.version for completion in completions for span in completion.spans} == {version}
+        assert_logprobs_are_those_of_the_spans(served, short, completions)
+    assert (first.version, second.version) in {tuple(span.version for span in c.spans) for c in drawn}
+    assert_logprobs_are_those_of_the_spans(served, long, drawn)
+
+
 def test_abort_ends_generation_with_the_tokens_drawn_so_far(served: Served) -> None:
     served.load(0)
     requests = requests_for(UNTRUNCATED, num=16, max_new_tokens=120)
