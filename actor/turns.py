@@ -27,7 +27,7 @@ class Turns:
 class SharedSteps:
     """Decode steps that several threads need: one of them steps at a time, for all.
 
-    `until` waits for the running step of another thread; its end wakes all. So the core has one generator in its queue,
+    A step after which something has ended wakes all who wait in `until`. So the core has one generator in its queue,
     however many there are, and a thread whose responses have ended does not wait for those of another.
     """
 
@@ -35,18 +35,22 @@ class SharedSteps:
         self._changed = threading.Condition()
         self._running = False
 
-    def until(self, done: Callable[[], bool], step: Callable[[], None]) -> None:
-        """Return once `done`, after steps of this thread or of others; raises what this thread's `step` raises."""
+    def until(self, done: Callable[[], bool], step: Callable[[], bool]) -> None:
+        """Return once `done`, after steps of this thread or of others; raises what this thread's `step` raises.
+
+        `step` says whether something has ended by it.
+        """
         while self._take_over(done):
             try:
-                step()
+                while not done() and not step():
+                    pass
             finally:
                 with self._changed:
                     self._running = False
                     self._changed.notify_all()
 
     def _take_over(self, done: Callable[[], bool]) -> bool:
-        """Whether the next step is this thread's; False once it needs none."""
+        """Whether the next steps are this thread's; False once it needs none."""
         with self._changed:
             self._changed.wait_for(lambda: done() or not self._running)
             if done():

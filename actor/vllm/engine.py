@@ -219,11 +219,14 @@ class VllmEngine:
                     self._generating.pop(id_, None)
         return outputs
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
+        """Draw a token for every running request; whether one of them has ended."""
         with self._turns.take():
             if self._version < 0:
                 raise CorruptWeights("the engine holds no weights", hint="a version must be loaded first")
-            self._finished |= {output.request_id: output for output in self._engine.step() if output.finished}
+            ended = {output.request_id: output for output in self._engine.step() if output.finished}
+            self._finished |= ended
+        return bool(ended)
 
     def _rpc(self, method: str, *arguments: Any) -> list[Any]:
         """Call a method of every worker; the caller owns the core, or nobody else uses it yet."""
