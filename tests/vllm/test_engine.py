@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from actor.engine import Completion, GenerationRequest
+from actor.vllm.engine import VllmEngine
 from actor.weight_sync import check_canary
 from buffer.errors import CanaryFailed, CorruptWeights, InvalidRequest
 from buffer.types import FinishReason, SamplingSettings, VersionSpan
@@ -215,6 +216,19 @@ def test_the_canary_catches_a_load_with_one_wrong_tensor(
         check_canary(served.engine, right.probe, version=right.version)
     served.load(0)
     check_canary(served.engine, right.probe, version=right.version)
+
+
+def test_what_a_server_draws_after_a_failed_canary_bears_no_version(served: Served) -> None:
+    if isinstance(served.engine, VllmEngine):
+        pytest.skip("nobody but its actor draws from it")
+    served.load(0)
+
+    served.engine.discard()  # what the weight sync does then
+
+    with pytest.raises(CorruptWeights, match="drew tokens under weights that it calls 'none'"):
+        served.engine.generate(requests_for(UNTRUNCATED, num=1))
+    assert served.load(0) == served.engine.version
+    served.engine.generate(requests_for(UNTRUNCATED, num=1))
 
 
 @pytest.mark.parametrize(

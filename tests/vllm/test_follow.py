@@ -2,6 +2,7 @@
 
 import re
 import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,13 +13,11 @@ import numpy as np
 import pytest
 
 from actor.settings import VllmSettings
-from actor.vllm.fetching import WeightSource
-from actor.vllm.remote import RemoteVllmEngine
 from buffer.client import HttpTable, HttpWeightStore
 from buffer.connection import ClientSettings, ServiceClient
 from buffer.types import Group, Split, Trajectory
 from tests.actor.publishing import publish, wait_until
-from tests.factories import RUN_ID, UNTRUNCATED
+from tests.factories import RUN_ID
 from tests.vllm.conftest import END_IDS, cli, make_policies, options_of, replay_service, started, vllm_server
 
 pytestmark = pytest.mark.vllm
@@ -37,17 +36,18 @@ def agent_of_the_page(url: str) -> dict[str, Any]:
     return names
 
 
-def label(url: str) -> str:
+def label(server: httpx.Client) -> str:
     """Return what a server calls its weights."""
     try:
-        return str(httpx.get(f"{url}/weight_info").json()["weight_version"])
+        return str(server.get("/weight_info").json()["weight_version"])
     except httpx.ConnectError:
+        time.sleep(0.5)  # it comes up in a minute, and needs the core
         return "not up yet"
 
 
-def relabel(url: str, version: str) -> None:
+def relabel(server: httpx.Client, version: str) -> None:
     """Let a server call its weights otherwise."""
-    httpx.post(f"{url}/update_weight_version", json={"new_version": version}).raise_for_status()
+    server.post("/update_weight_version", json={"new_version": version}).raise_for_status()
 
 
 def two_turns() -> Callable[[list[int]], list[int] | None]:
@@ -66,9 +66,9 @@ def test_the_agent_of_the_page_draws_from_the_newest_version_and_its_group_is_ac
         store = HttpWeightStore(client)
         publish(store, model_dir, policies.file(0), 0)
         served = stack.enter_context(vllm_server(tmp_path, model_dir, vllm))
-        server = str(served.url)
-        agent = agent_of_the_page(server)
-        stack.callback(agent["vllm"].close)
+        agent = agent_of_the_page(str(served.url))
+        server: httpx.Client = agent["vllm"]
+        stack.callback(server.close)
 
         def episode(number: int) -> Trajectory:
             limits = {"max_tokens": 12, "end_ids": list(END_IDS)}
@@ -76,7 +76,7 @@ def test_the_agent_of_the_page_draws_from_the_newest_version_and_its_group_is_ac
             return drawn
 
         run = {"run.name": RUN_ID, "run.runs_dir": tmp_path, "run.model": model_dir, "actor.poll_s": 1.0}
-        follow = options_of({**run, "actor.engine": "vllm", "actor.vllm.url": server})
+        follow = options_of({**run, "actor.engine": "vllm", "actor.vllm.url": served.url})
         with started(cli(Path(sys.executable), "act", "--follow-only", *follow), tmp_path / "actor.log"):
             wait_until(lambda: label(server) == "0", timeout_s=400)
             before = [episode(number) for number in range(4)]
@@ -88,9 +88,6 @@ def test_the_agent_of_the_page_draws_from_the_newest_version_and_its_group_is_ac
             wait_until(lambda: label(server) == "1", timeout_s=60)
         group = Group(run_id=RUN_ID, group_id="g", prompt_id="p", split=Split.TRAIN, trajectories=(*before, *after))
         (result,) = HttpTable(client).insert([group])
-        RemoteVllmEngine(model_dir, served, sampling=UNTRUNCATED, source=WeightSource(url)).discard()
-        with pytest.raises(ValueError, match="'none'"):
-            episode(8)
 
     assert result.outcome == "accepted"
     assert [{span.version for span in drawn.spans} for drawn in (*before, *after)] == [{0}] * 4 + [{1}] * 4
