@@ -95,10 +95,11 @@ class Evaluator:
         groups: list[Group] = []
         settings = self.settings.evaluation
         prompts = self._prompts()
-        for start in range(0, len(prompts), self.settings.groups_per_batch):
+        at_once = self.settings.groups_per_batch * self.settings.batches_in_flight
+        for start in range(0, len(prompts), at_once):
             if self.stop.is_set():
                 return []
-            groups += self._draw(prompts[start : start + self.settings.groups_per_batch])
+            groups += self._draw(prompts[start : start + at_once])
         if self.stop.is_set() or not groups:  # the last ones may have been aborted
             return []
         evaluation = summary(

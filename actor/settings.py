@@ -55,7 +55,8 @@ class VllmSettings(Settings):
     """Largest rank of the adapters that the learner publishes, on top of the weights in the model directory; 0 = it
     publishes whole weights."""
     lora_slots: Annotated[int, Field(ge=1)] = 4
-    """Adapters in use at once: responses end under the version that they began with, later ones wait for a slot."""
+    """Adapters in use at once: responses end under the version that they began with, later ones wait for a slot. With
+    several batches in flight more versions are in use, if they come faster than responses end."""
     compile: bool = False
     """Whether vLLM compiles the model at start: faster tokens on a GPU for a minute or more of start-up."""
 
@@ -97,7 +98,8 @@ class ActorSettings(Settings):
     """Groups generated side by side; 128 sequences keep one core busy with a tiny model."""
     batches_in_flight: Annotated[int, Field(ge=1, le=64)] = 1
     """Batches drawn at once by one engine, vLLM alone: each is scored and submitted as soon as its longest answer has
-    ended, while the engine goes on with the others. 1 = the engine waits for that answer and for the rewards."""
+    ended, while the engine goes on with the others. 1 = the engine waits for that answer and for the rewards; many
+    batches of one group keep it full (docs/vllm.md)."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 32
     """Tokens per response at most, end token included."""
     evaluation: EvaluationSettings = EvaluationSettings()

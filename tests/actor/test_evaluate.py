@@ -1,4 +1,5 @@
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy.typing as npt
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from actor.engine import Completion, GenerationRequest
 from actor.evaluate import Evaluator, pass_at_k, summary
 from actor.judge import Judge
 from actor.settings import ActorSettings, EvaluationSettings
@@ -83,13 +85,13 @@ class FirstOnesLong(RunningSums):
         return [*long, *prompts[self.num_long :]]
 
 
-def _evaluator(engine: TorchEngine, task: RunningSums, store: DirectoryWeightStore) -> Evaluator:
+def _evaluator(engine: TorchEngine, task: RunningSums, store: DirectoryWeightStore, **settings: int) -> Evaluator:
     evaluation = EvaluationSettings(every_updates=1, num_prompts=5, samples_per_prompt=2)
     evaluator = Evaluator(
         engine=engine,
         judge=Judge(task, run_id=RUN_ID, max_unscored_groups=3),
         evaluations=BoardEvaluations(MemoryBoard(), store),
-        settings=ActorSettings(max_new_tokens=8, evaluation=evaluation),
+        settings=ActorSettings(max_new_tokens=8, evaluation=evaluation, **settings),
         actor_id="a",
         solved_reward=1.0,
         stop=threading.Event(),
@@ -152,3 +154,24 @@ def test_a_prompt_that_cannot_be_scored_is_left_out_of_an_evaluation_which_says_
 
     assert len(groups) == 4
     assert [result.num_prompts for result in evaluator.evaluations.read().results] == [4]
+
+
+def test_an_evaluation_draws_as_many_groups_at_once_as_all_batches_in_flight_have(
+    model_dir: Path, keyframes: list[Path], tokenizer: PreTrainedTokenizerFast, store: DirectoryWeightStore
+) -> None:
+    sizes: list[int] = []
+
+    class Counting(TorchEngine):
+        """Notes how many responses it was asked for at once."""
+
+        def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
+            sizes.append(len(requests))
+            return super().generate(requests)
+
+    engine = Counting(model_dir, seed=1)
+    engine.load(keyframes[0], 0)
+    task = RunningSums(tokenizer, num_digits=4)
+
+    _evaluator(engine, task, store, groups_per_batch=1, batches_in_flight=4).evaluate(0)
+
+    assert sizes == [8, 2]
