@@ -273,7 +273,8 @@ def test_impossible_draw_is_refused(shared_http: httpx.Client) -> None:
 
 def test_reports_of_actors_and_learner_appear_in_the_statistics(http: httpx.Client) -> None:
     load = {"version": 3, "publish_to_loaded_s": 0.25}
-    beat = {"version": 3, "tokens_per_s": 10.5, "groups_total": 7, "state": "generating", "detail": "", "loads": [load]}
+    counts = {"groups_total": 7, "unscored_groups_total": 1}
+    beat = {"version": 3, "tokens_per_s": 10.5, **counts, "state": "generating", "detail": "", "loads": [load]}
     report = {"updates": 4, "total_updates": 9, "version": 3, "metrics": {"reward/mean": 0.5}, "waiting": None}
 
     assert http.post("/v1/actors/host-1/heartbeat", json=beat).status_code == 204
