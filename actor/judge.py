@@ -1,7 +1,6 @@
 """Drawn responses become groups: rewards from a task that may fail, and one record for each prompt."""
 
 import logging
-import math
 import threading
 import traceback
 import uuid
@@ -77,7 +76,7 @@ class Judge:
             raise _NoReward(
                 f"raised {type(error).__name__} at {PurePath(place.filename).name}:{place.lineno}: {error}"
             ) from error
-        if not abs(reward) <= MAX_REWARD or not math.isfinite(reward):  # NaN fails too
+        if not abs(reward) <= MAX_REWARD:  # NaN and the infinities fail, too
             raise _NoReward(f"is {given!r}, not a finite number of at most {MAX_REWARD:g} in size")
         return reward
 

@@ -54,7 +54,7 @@ class Batch:
     keys: tuple[tuple[str, str], ...]  # B entries: group_id, trajectory_id
     group_ages_updates: tuple[int | None, ...]  # G entries; None for foreign groups
     times_sampled: tuple[int, ...]  # G entries, this draw included
-    draw_weights: tuple[float, ...]  # G entries: 1 / (N p), what a group counts if the draw is not to matter
+    draw_rates: tuple[float, ...]  # G entries: N p, how often a group comes for each time it would in uniform draws
 
     def aged(self, updates: int) -> "Batch":
         """Return the batch as it is so many updates of the learner's clock later."""
@@ -90,7 +90,7 @@ def collate(samples: Sequence[Sample], *, clock: PolicyVersion) -> Batch:
         keys=tuple((groups[index].group_id, t.trajectory_id) for index, t in rows),
         group_ages_updates=tuple(age_updates(clock, group.oldest_version) for group in groups),
         times_sampled=tuple(sample.info.times_sampled for sample in samples),
-        draw_weights=tuple(1.0 / (sample.info.num_candidates * sample.info.probability) for sample in samples),
+        draw_rates=tuple(sample.info.num_candidates * sample.info.probability for sample in samples),
     )
 
 

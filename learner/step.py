@@ -93,7 +93,7 @@ class Trainer:
         loss = self.objective(tokens, self.multipliers)
         forward_s = self._now()
         self.optimizer.zero_grad()
-        weights = importance_weights(batch.draw_weights, self._settings.sampler_correction)
+        weights = importance_weights(batch.draw_rates, self._settings.sampler_correction)
         self.policy.backward(batch, forward, loss.total, row_weights=None if weights is None else weights[batch.group])
         backward_s = self._now()
         gradient_norm, lr = self._descend(loss)

@@ -25,22 +25,33 @@ SHARES = (0.5, 0.25, 0.125, 0.125)
 def test_weights_are_one_over_candidates_times_probability() -> None:
     samples = [as_sample(make_group(name), probability=p, num_candidates=5) for name, p in (("a", 0.5), ("b", 0.125))]
 
-    weights = importance_weights(collate(samples, clock=0).draw_weights, 1.0)
+    weights = importance_weights(collate(samples, clock=0).draw_rates, 1.0)
 
     assert weights is not None
     assert weights.tolist() == pytest.approx([1 / 2.5, 1 / 0.625])
 
 
 def test_half_an_exponent_takes_roots() -> None:
-    weights = importance_weights([4.0, 0.25], 0.5)
+    weights = importance_weights([0.25, 4.0], 0.5)
 
     assert weights is not None
     assert weights.tolist() == pytest.approx([2.0, 0.5])
 
 
-@pytest.mark.parametrize(("draw_weights", "exponent"), [((1.0, 1.0), 1.0), ((4.0, 0.25), 0.0), ((49 * (1 / 49),), 1.0)])
-def test_equal_weights_change_nothing(draw_weights: tuple[float, ...], exponent: float) -> None:
-    assert importance_weights(draw_weights, exponent) is None
+@pytest.mark.parametrize(
+    ("draw_rates", "exponent"), [((1.0, 1.0), 1.0), ((4.0, 0.25), 0.0), ((0.0, 1.0), 0.0), ((49 * (1 / 49),), 1.0)]
+)
+def test_equal_weights_change_nothing(draw_rates: tuple[float, ...], exponent: float) -> None:
+    assert importance_weights(draw_rates, exponent) is None
+
+
+def test_a_probability_that_rounds_to_0_is_a_weight_without_bound_and_no_crash() -> None:
+    (sample,) = [as_sample(make_group("a"), probability=0.0, num_candidates=5)]
+
+    weights = importance_weights(collate([sample], clock=0).draw_rates, 1.0)
+
+    assert weights is not None
+    assert weights.isinf().all()  # the update is skipped for its gradient, by name
 
 
 @pytest.mark.parametrize("num_groups", [1, 2, 4, 16])
@@ -63,7 +74,7 @@ def test_over_many_draws_every_group_counts_alike_however_few_a_draw_has(num_gro
             request_id=f"d{number}", num_groups=num_groups, selector=Weighted(by="priority"), learner_version=0
         )
         batch = collate(table.sample(request), clock=0)
-        weights = importance_weights(batch.draw_weights, 1.0)
+        weights = importance_weights(batch.draw_rates, 1.0)
         assert weights is not None
         for name, weight in zip(dict.fromkeys(group_id for group_id, _ in batch.keys), weights.tolist(), strict=True):
             counted[name[:5]] += weight

@@ -8,7 +8,7 @@ import torch
 from learner.objectives.advantages import leave_one_out, no_baseline
 from learner.objectives.bellman import REVAL_COLUMNS, reval_residual
 from learner.objectives.recipes import build_objective
-from learner.tokens import Column, cleaned
+from learner.tokens import Column, Tokens, cleaned
 from tests.learner.objectives.batches import ROWS, gradient, tokens_of
 
 
@@ -20,39 +20,30 @@ def test_reval_ignores_the_behaviour_log_probs() -> None:
     assert torch.equal(objective(tokens, {}).total, objective(other, {}).total)
 
 
-def test_reval_is_at_rest_at_the_reference_without_reward() -> None:
+def at_the_reference_without_reward() -> Tokens:
     tokens = tokens_of(behind_mask=0.0)
-    at_reference = replace(
-        tokens,
-        rewards=torch.zeros(len(ROWS)),
-        columns={
-            Column.UNIT_LOGPROBS: tokens.columns[Column.UNIT_LOGPROBS],
-            Column.REFERENCE_LOGPROBS: tokens.columns[Column.UNIT_LOGPROBS].detach().clone(),
-            Column.FIRST_LOGIT: tokens.columns[Column.FIRST_LOGIT],
-            Column.REFERENCE_FIRST_LOGIT: tokens.columns[Column.FIRST_LOGIT].detach().clone(),
-        },
-    )
+    unit, first = tokens.columns[Column.UNIT_LOGPROBS], tokens.columns[Column.FIRST_LOGIT]
+    reference = {
+        Column.REFERENCE_LOGPROBS: unit.detach().clone(),
+        Column.REFERENCE_FIRST_LOGIT: first.detach().clone(),
+    }
+    return replace(tokens, rewards=torch.zeros(len(ROWS)), columns={**tokens.columns, **reference})
 
-    total = build_objective("reval", {})(at_reference, {}).total
+
+def test_reval_is_at_rest_at_the_reference_without_reward() -> None:
+    tokens = at_the_reference_without_reward()
+
+    total = build_objective("reval", {})(tokens, {}).total
 
     assert total.item() == 0.0
     for column in (Column.UNIT_LOGPROBS, Column.FIRST_LOGIT):
         assert not gradient(total, tokens.columns[column]).any()
 
 
-def test_tbrm_moves_the_policy_even_at_the_reference_without_reward() -> None:
-    tokens = tokens_of(behind_mask=0.0)
-    at_reference = replace(
-        tokens,
-        rewards=torch.zeros(len(ROWS)),
-        columns={
-            Column.UNIT_LOGPROBS: tokens.columns[Column.UNIT_LOGPROBS],
-            Column.REFERENCE_LOGPROBS: tokens.columns[Column.UNIT_LOGPROBS].detach().clone(),
-            Column.FIRST_LOGIT: tokens.columns[Column.FIRST_LOGIT],
-        },
-    )
+def test_tbrm_moves_the_policy_even_there() -> None:
+    tokens = at_the_reference_without_reward()
 
-    total = build_objective("tbrm", {})(at_reference, {}).total
+    total = build_objective("tbrm", {})(tokens, {}).total
 
     assert total.item() > 0.0
     assert gradient(total, tokens.columns[Column.FIRST_LOGIT]).any()
