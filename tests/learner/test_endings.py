@@ -14,26 +14,32 @@ from tests.factories import make_group
 from tests.learner.test_loop import LoopRig, loop_settings
 
 
-@pytest.mark.parametrize("told_to_stop", [False, True])
-def test_a_service_that_stays_away_costs_no_work(model_dir: Path, tmp_path: Path, told_to_stop: bool) -> None:
+def rig_that_loses_its_service(model_dir: Path, tmp_path: Path, error: StalewiseError) -> LoopRig:
+    """A learner whose third draw raises `error`."""
     rig = LoopRig(model_dir, tmp_path, settings=loop_settings(total_updates=1_000, prefetch_batches=0))
     rig.table.advance_version(0)
     rig.insert(make_group("a"), make_group("b"))
-    served = rig.table.sample
 
     def sample(request: SampleRequest) -> list[Sample]:
         if request.learner_version < 2:
-            return served(request)
-        if told_to_stop:
-            rig.stop.set()
-        raise ServiceUnreachable("no answer")
+            return rig.table.sample(request)
+        raise error
 
-    rig.draw = sample  # type: ignore[method-assign]  # the service goes away after two draws
-    if told_to_stop:
-        rig.loop().run()
-    else:
-        with pytest.raises(ServiceUnreachable):
-            rig.loop().run()
+    rig.draw = sample  # type: ignore[method-assign]
+    return rig
+
+
+def test_a_stop_while_the_service_is_away_saves_and_ends(model_dir: Path, tmp_path: Path) -> None:
+    rig = rig_that_loses_its_service(model_dir, tmp_path, ServiceUnreachable("no answer"))
+    draw = rig.draw
+
+    def told_to_stop(request: SampleRequest) -> list[Sample]:
+        if request.learner_version == 2:
+            rig.stop.set()
+        return draw(request)
+
+    rig.draw = told_to_stop  # type: ignore[method-assign]
+    rig.loop().run()
 
     assert rig.checkpoints.newest() == tmp_path / "update-00000002"
 
@@ -54,21 +60,17 @@ def test_a_finished_run_that_is_started_again_takes_no_groups(model_dir: Path, t
 
 @pytest.mark.parametrize(
     "error",
-    [InvalidRequest("no group can ever fit"), Forbidden("the role was changed"), StalewiseError("a defect")],
+    [
+        ServiceUnreachable("no answer"),
+        InvalidRequest("no group can ever fit"),
+        Forbidden("the role was changed"),
+        StalewiseError("a defect"),
+    ],
     ids=lambda error: error.code(),
 )
-def test_a_draw_that_is_refused_costs_no_work(model_dir: Path, tmp_path: Path, error: StalewiseError) -> None:
-    rig = LoopRig(model_dir, tmp_path, settings=loop_settings(total_updates=1_000, prefetch_batches=0))
-    rig.table.advance_version(0)
-    rig.insert(make_group("a"), make_group("b"))
-    served = rig.table.sample
+def test_a_draw_that_fails_or_is_refused_costs_no_work(model_dir: Path, tmp_path: Path, error: StalewiseError) -> None:
+    rig = rig_that_loses_its_service(model_dir, tmp_path, error)
 
-    def sample(request: SampleRequest) -> list[Sample]:
-        if request.learner_version < 2:
-            return served(request)
-        raise error
-
-    rig.draw = sample  # type: ignore[method-assign]  # the service refuses after two draws
     with pytest.raises(type(error)):
         rig.loop().run()
 
